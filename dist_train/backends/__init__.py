@@ -1,0 +1,1 @@
+"""One module per engine (Ray, DeepSpeed, MLflow): the only files that import them."""

@@ -1,0 +1,268 @@
+"""Every setting of a run, as frozen pydantic sections; unknown keys are errors. Imports no engine and no torch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dist_train.errors import ConfigError
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Channel = Literal["occupancy", "z_density", "period", "group", "f_block"]
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, typed, closed to unknown keys; `description`s are the documentation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class GridSpec(Section):
+    """How a crystal becomes a periodic voxel grid on the fractional axes of its cell (frame `cell`)."""
+
+    frame: Literal["cell"] = "cell"
+    """Fractional grid of the (Niggli-reduced) cell, periodic in all three directions."""
+    shape: Annotated[int, Field(ge=12, le=128)] | Literal["adaptive"] = 32
+    """Voxels along every axis, or 'adaptive': edge over spacing, rounded up to a multiple of 8, for each axis."""
+    max_spacing_A: Positive = 0.3
+    """Largest distance in angstrom between neighbouring voxels; a cell that would exceed it is rejected."""
+    max_voxels: Count = 2**15
+    """Voxel budget of an adaptive grid; a cell that needs more is rejected."""
+    sigma_A: Positive = 0.5
+    """Standard deviation in angstrom of the Gaussian that stands for an atom."""
+    radius_A: Positive = 0.5
+    """Voxels within this many angstrom of their nearest atom carry its species."""
+    min_distance_A: NonNegative = 0.7
+    """Crystals with two atoms closer than this many angstrom are rejected: the grid can't tell them apart."""
+    max_atoms: Count = 1000
+    """Crystals with more atoms are rejected."""
+    niggli: bool = True
+    """Voxelise the Niggli-reduced cell; false keeps the cell of the source."""
+    channels: tuple[Channel, ...] = ("occupancy",)
+    """Density channels in order: occupancy, z_density (the paper's), period (7), group (18), f_block (14)."""
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        if not self.channels or len(set(self.channels)) != len(self.channels):
+            raise ValueError(f"channels {list(self.channels)} must name at least one channel, each once")
+        return self
+
+
+class DataConfig(Section):
+    """What is read, how it is split and where the shards lie."""
+
+    inputs: tuple[str, ...] = ()
+    """CIF files, folders of CIF files (searched recursively) and Parquet tables."""
+    shards: Path = Path("runs/shards")
+    """Folder of the tar shards, `index.json` and `rejected.csv`."""
+    splits: dict[str, Fraction] = {"train": 0.9, "val": 0.05, "test": 0.05}
+    """Share of each split; a crystal goes by the hash of its reduced formula, so polymorphs stay together."""
+    samples_per_shard: Count = 256
+    """Crystals in a shard; the last one of a split may hold fewer."""
+    max_rejected_fraction: Fraction = 0.1
+    """The job fails, after its report, when a larger share of the inputs is rejected."""
+    workers: Count = 2
+    """Ray workers, one CPU each, of a cluster that the job starts for itself."""
+    ray_address: str | None = None
+    """Address of a running Ray cluster ('auto' finds it); null starts a local one."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if abs(sum(self.splits.values()) - 1) > 1e-6:
+            raise ValueError(f"splits {self.splits} add up to {sum(self.splits.values()):.4g}, not 1")
+        return self
+
+
+class ModelConfig(Section):
+    """Sizes of the VAE and of the attention U-Net."""
+
+    latent: Count = 256
+    """Numbers in the latent vector of a crystal."""
+    vae_widths: tuple[Count, ...] = (32, 64)
+    """Channels after each halving of the grid in the encoder; the decoder mirrors them."""
+    unet_width: Count = 8
+    """Channels of the U-Net's first level; every level below doubles them."""
+    unet_levels: Annotated[int, Field(ge=2, le=6)] = 3
+    """Resolutions of the U-Net, the input's included."""
+
+
+class LossWeights(Section):
+    """Weights of the loss parts (see `models.losses`)."""
+
+    density: NonNegative = 1.0
+    """Mean squared error of the standardised density channels, relative to predicting their mean."""
+    species: NonNegative = 0.2
+    """Cross entropy of the species of voxels."""
+    kl: NonNegative = 1e-4
+    """Kullback-Leibler divergence from N(0, I), nats a crystal."""
+    lattice: NonNegative = 0.1
+    """Squared error of the standardised cell parameters."""
+    count: NonNegative = 0.1
+    """Squared error of the logarithm of the number of atoms."""
+    composition: NonNegative = 0.05
+    """Squared error of the atoms of each element, summed over elements."""
+
+
+class TrainConfig(Section):
+    """The optimisation: batch, schedule, precision, and when to log, validate and save."""
+
+    epochs: Count = 60
+    """Passes over the training split; each drops the crystals beyond the last full global batch."""
+    global_batch_size: Count = 64
+    """Crystals a step over all ranks; must be divisible by the number of ranks."""
+    unet_share: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """Share of each rank's crystals that the U-Net sees in a step (it costs far more than the VAE)."""
+    background_ratio: Positive = 3.0
+    """Random background voxels in the species loss, for each foreground voxel."""
+    learning_rate: Positive = 2e-3
+    """Peak of the schedule: linear warm-up, then half a cosine to zero."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    """Steps of the linear warm-up."""
+    weight_decay: NonNegative = 0.0
+    """AdamW's decoupled weight decay."""
+    gradient_clip: Positive = 1.0
+    """Largest norm of the gradient over all parameters."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """Decay of the average of the weights that is validated and exported; 0 takes the last weights."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Number format of the forward and backward pass; weights are kept in fp32 beside it."""
+    loss: LossWeights = LossWeights()
+    max_nonfinite: Count = 10
+    """Steps in a row with a non-finite loss or gradient, skipped on all ranks together, before the run stops."""
+    log_every: Count = 10
+    """Steps between two records of the metrics."""
+    validate_every: Count = 200
+    """Steps between two passes over the validation split; the last step always has one."""
+    checkpoint_every: Count = 500
+    """Steps between two checkpoints; the last step always has one."""
+    keep_checkpoints: Count = 2
+    """Latest checkpoints kept."""
+    stop_after_step: Count | None = None
+    """Stop with a checkpoint after this step, as at an interruption; a later start resumes from there."""
+
+
+class EngineConfig(Section):
+    """Who runs the training step."""
+
+    name: Literal["deepspeed", "torch"] = "deepspeed"
+    """'deepspeed': any number of ranks; 'torch': plain PyTorch, one process."""
+    deepspeed_json: Path | None = None
+    """What only DeepSpeed has (ZeRO stage, buckets, offload); batch, clipping and precision belong to `train`."""
+
+
+class TrackingConfig(Section):
+    """Where metrics, pictures and models go besides the run folder."""
+
+    uri: str | None = None
+    """MLflow tracking and registry URI ('sqlite:///runs/mlflow.db', 'http://host:5000'); null writes JSONL only."""
+    experiment: str = "dist_train"
+    """MLflow experiment."""
+    artifact_location: str | None = None
+    """Artifact root of a new experiment; null leaves it to the server."""
+    model_name: str = "crystal-autoencoder"
+    """Name of the registered model."""
+
+
+class RunConfig(Section):
+    """A whole run: voxelising, training, tracking."""
+
+    run_dir: Path = Path("runs/train")
+    """Folder of the training run: checkpoints, metrics.jsonl, bundle, pictures."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the weights, of the order of samples and of the noise."""
+    data: DataConfig = DataConfig()
+    grid: GridSpec = GridSpec()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    engine: EngineConfig = EngineConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _grid_halves(self) -> Self:
+        halvings = max(len(self.model.vae_widths), self.model.unet_levels - 1)
+        if self.grid.shape != "adaptive" and self.grid.shape % 2**halvings:
+            raise ValueError(
+                f"grid.shape {self.grid.shape} must be a multiple of {2**halvings} "
+                f"for {len(self.model.vae_widths)} model.vae_widths and {self.model.unet_levels} model.unet_levels"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved config as YAML that `load_config` reads back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(path: Path | None = None, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """The RunConfig of a YAML file (defaults without one) with 'a.b=value' overrides on top.
+
+    Raises ConfigError naming the key, its value and the remedy.
+    """
+    values = _read_yaml(path) if path else {}
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        source = f"{path}" if path else "the settings"
+        lines = "\n".join(f"  {line}" for line in _explain(error))
+        raise ConfigError(f"{source} can't be used:\n{lines}") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"config {path} can't be read: {error.strerror}; give --config an existing YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {path} is not valid YAML: {error}") from None
+    if not isinstance(values or {}, dict):
+        raise ConfigError(f"config {path} holds a {type(values).__name__}, not a mapping of sections")
+    return values or {}
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"--set {override!r} has no value: write --set section.key=value")
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = values.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override!r}: {parent} is a value ({child!r}), not a section")
+        values = child
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        values[last] = text
+
+
+def _explain(error: ValidationError) -> Iterator[str]:
+    for item in error.errors():
+        path = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            known = _keys_at(item["loc"][:-1])
+            close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+            yield f"{path} = {item['input']!r}: unknown key; {hint}"
+        elif item["type"] == "value_error" and not path:
+            yield str(item["ctx"]["error"])
+        elif item["type"] == "value_error":
+            yield f"{path}: {item['ctx']['error']}"
+        else:
+            yield f"{path} = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+    section: Any = RunConfig
+    for part in location:
+        field = getattr(section, "model_fields", {}).get(part)
+        section = field.annotation if field else None
+    return list(getattr(section, "model_fields", {}))

@@ -1,0 +1,76 @@
+"""Lattices as [3, 3] arrays of row vectors in angstrom, and periodic distances."""
+
+from __future__ import annotations
+
+import numpy as np
+import spglib
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+
+
+def lengths_angles(lattice_A: FloatArray) -> FloatArray:
+    """[6]: a, b, c in angstrom and alpha (b, c), beta (a, c), gamma (a, b) in degrees."""
+    lengths = np.linalg.norm(lattice_A, axis=1)
+    gram = lattice_A @ lattice_A.T / np.outer(lengths, lengths)
+    cosines = np.clip([gram[1, 2], gram[0, 2], gram[0, 1]], -1.0, 1.0)
+    return np.concatenate([lengths, np.degrees(np.arccos(cosines))])
+
+
+def from_lengths_angles(parameters: FloatArray) -> FloatArray:
+    """[3, 3] lattice of six cell parameters; a along x, b in the xy plane, right-handed.
+
+    Raises ValueError for angles that span no cell.
+    """
+    a, b, c = parameters[:3]
+    cos_alpha, cos_beta, cos_gamma = np.cos(np.radians(parameters[3:]))
+    sin_gamma = np.sin(np.radians(parameters[5]))
+    c_y = (cos_alpha - cos_beta * cos_gamma) / sin_gamma
+    c_z_squared = 1.0 - cos_beta**2 - c_y**2
+    if not (np.isfinite(parameters).all() and min(a, b, c) > 0 and c_z_squared > 0):
+        raise ValueError(f"no cell has the parameters {np.round(parameters, 4).tolist()}")
+    return np.array(
+        [[a, 0.0, 0.0], [b * cos_gamma, b * sin_gamma, 0.0], [c * cos_beta, c * c_y, c * np.sqrt(c_z_squared)]]
+    )
+
+
+def niggli(lattice_A: FloatArray) -> FloatArray | None:
+    """The Niggli-reduced lattice (spglib), or None where the reduction fails."""
+    try:
+        return spglib.niggli_reduce(lattice_A, eps=1e-5)
+    except spglib.error.SpglibError:
+        return None
+
+
+def plane_spacings(lattice_A: FloatArray) -> FloatArray:
+    """[3] distances in angstrom between opposite faces of the cell: 1 / |reciprocal vector|."""
+    return np.asarray(1.0 / np.linalg.norm(np.linalg.inv(lattice_A), axis=0))
+
+
+def image_offsets(lattice_A: FloatArray, cutoff_A: float) -> NDArray[np.int64]:
+    """[M, 3] integer translations that hold every image within `cutoff_A` of a point, for |difference| <= 1/2."""
+    reach = np.ceil(cutoff_A / plane_spacings(lattice_A) + 0.5).astype(int)
+    axes = [np.arange(-n, n + 1) for n in reach]
+    return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
+
+
+def periodic_distances(lattice_A: FloatArray, frac_N3: FloatArray, frac_M3: FloatArray) -> FloatArray:
+    """[N, M] shortest distances in angstrom between points and any periodic image of others, exact for any cell."""
+    difference = frac_M3[None] - frac_N3[:, None]
+    difference -= np.round(difference)
+    wrapped_cart = difference @ lattice_A
+    # No image farther than the wrapped one can be the nearest: its distance bounds the search.
+    bound = float(np.linalg.norm(wrapped_cart, axis=-1).max(initial=0.0))
+    best = np.full(difference.shape[:2], np.inf)
+    for shift in image_offsets(lattice_A, bound) @ lattice_A:
+        np.minimum(best, ((wrapped_cart + shift) ** 2).sum(-1), out=best)
+    return np.asarray(np.sqrt(best))
+
+
+def shortest_distance(lattice_A: FloatArray, frac_N3: FloatArray) -> float:
+    """Shortest distance in angstrom between two different atoms, or an atom and its own image."""
+    distances = periodic_distances(lattice_A, frac_N3, frac_N3)
+    np.fill_diagonal(distances, np.inf)
+    offsets = image_offsets(lattice_A, float(np.linalg.norm(lattice_A, axis=1).min()))
+    own = np.linalg.norm(offsets[np.any(offsets != 0, axis=1)] @ lattice_A, axis=1).min()
+    return float(min(distances.min(), own))

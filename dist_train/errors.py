@@ -1,0 +1,29 @@
+"""Errors a user can cause, one small tree. A message names the thing, its value, the limit and the remedy."""
+
+
+class DistTrainError(Exception):
+    """Root of every error that the command line reports in one line with exit code 2."""
+
+
+class ConfigError(DistTrainError):
+    """A run file, an override or a combination of settings that can't be used."""
+
+
+class DataError(DistTrainError):
+    """Input crystals that are missing, unreadable or rejected beyond the stated fraction."""
+
+
+class CrystalError(DataError):
+    """One crystal that can't be read or represented; recorded as a rejected row, never fatal for a job."""
+
+
+class ShardError(DistTrainError):
+    """A shard folder that is incomplete, damaged, of another run or too small for the ranks."""
+
+
+class CheckpointError(DistTrainError):
+    """A checkpoint that is missing, uncommitted, damaged or of another configuration."""
+
+
+class ModelError(DistTrainError):
+    """A model bundle or registry entry that is missing, damaged or doesn't fit the crystals."""

@@ -1,0 +1,1 @@
+"""The convolutional VAE, the attention U-Net, their losses and the bundle they are shipped in."""

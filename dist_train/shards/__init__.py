@@ -1,0 +1,1 @@
+"""Planned, byte-reproducible WebDataset tar shards and the index that describes them."""

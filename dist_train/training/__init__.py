@@ -1,0 +1,1 @@
+"""The train loop, its engine protocol, checkpoints and metric spool."""
