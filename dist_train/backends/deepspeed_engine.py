@@ -1,0 +1,131 @@
+"""The DeepSpeed engine: data parallel over any number of ranks, ZeRO, bf16. The only file that imports deepspeed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_train.config import RunConfig
+from dist_train.errors import ConfigError
+from dist_train.models.autoencoder import CrystalAutoencoder, CrystalBatch
+from dist_train.models.objectives import JointObjective, Noise
+from dist_train.training.checkpoint import load_tensors
+from dist_train.training.engine import StepResult, WeightAverage, check_batch, make_optimizer
+
+OWNED_KEYS = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.global_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size",
+    "gradient_clipping": "train.gradient_clip",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "torch_autocast": "train.precision",
+    "optimizer": "train.learning_rate",
+    "scheduler": "train.learning_rate",
+}
+"""Keys of a DeepSpeed JSON that RunConfig owns, and where each belongs."""
+
+
+def init_process_group() -> tuple[int, int]:
+    """(rank, ranks) of this process, joined to the others; a process without a launcher is a group of one."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", "0" if os.environ["WORLD_SIZE"] == "1" else "29500")
+    import deepspeed
+    import deepspeed.ops
+
+    # Without this DeepSpeed compiles a shared-memory collective (over a minute) that gloo does as well.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def deepspeed_config(config: RunConfig, ranks: int) -> dict[str, Any]:
+    """The DeepSpeed JSON with the numbers of RunConfig added.
+
+    Raises ConfigError where the JSON can't be read or repeats a number that RunConfig owns.
+    """
+    path, extra = config.engine.deepspeed_json, {}
+    if path is not None:
+        try:
+            extra = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"engine.deepspeed_json {path} can't be read: {error}") from None
+    for key in extra.keys() & OWNED_KEYS.keys():
+        raise ConfigError(f"{path} sets {key!r}, which {OWNED_KEYS[key]} of the run file decides: remove it from {path}")
+    return {
+        **extra,
+        "train_batch_size": config.train.global_batch_size,
+        "train_micro_batch_size_per_gpu": check_batch(config, ranks),
+        "gradient_clipping": config.train.gradient_clip,
+        "bf16": {"enabled": config.train.precision == "bf16"},
+    }
+
+
+class DeepSpeedEngine:
+    """The Engine protocol on deepspeed.initialize; the process group must be there (`init_process_group`)."""
+
+    def __init__(self, model: CrystalAutoencoder, config: RunConfig) -> None:
+        import deepspeed
+
+        self.rank, self.ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        self.objective = JointObjective(model.to(self.device), config.train, self.device, dtype)
+        self.average = WeightAverage(model, config.train.ema_decay)
+        self.engine, *_ = deepspeed.initialize(
+            model=self.objective,
+            optimizer=make_optimizer(model, config),
+            config=deepspeed_config(config, self.ranks),
+        )
+
+    def step(self, batch: CrystalBatch, noise: Noise, learning_rate: float) -> StepResult:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        loss, parts = self.engine(batch.to(self.device), noise)
+        self.engine.backward(loss)
+        self.engine.step()
+        applied = bool(self.engine.was_step_applied())
+        if applied:
+            self.average.update()
+        names, values = list(parts), [loss.detach(), *parts.values()]
+        means = [value / self.ranks for value in self.total([float(v) for v in values])]
+        norm = self.engine.get_global_grad_norm()
+        return StepResult(
+            means[0], dict(zip(names, means[1:], strict=True)), float("nan") if norm is None else float(norm), applied
+        )
+
+    def total(self, values: list[float]) -> list[float]:
+        summed = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(summed)
+        return list(summed.tolist())
+
+    def save(self, folder: Path) -> None:
+        self.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
+        if self.rank == 0:
+            torch.save(self.average.state(), folder / "average.pt")
+
+    def load(self, folder: Path) -> None:
+        self.engine.load_checkpoint(str(folder), tag="deepspeed")
+        self.average.restore(load_tensors(folder / "average.pt", self.device))
+
+    def barrier(self) -> None:
+        torch.distributed.barrier()
+
+    def averaged(self) -> Any:
+        return self.average.in_model()
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: value.cpu() for name, value in self.average.average.items()}
+
+    def close(self) -> None:
+        self.engine.destroy()
+        torch.distributed.destroy_process_group()

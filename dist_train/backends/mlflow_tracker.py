@@ -1,0 +1,253 @@
+"""MLflow: the uploader of a run's metrics, and the model registry. The only file that imports mlflow.
+
+Training never waits for the tracking server: it writes to the spool, and a thread brings the spool's records to the
+server, from the first one on. The server keeps a (key, time, step, value) once, so sending again is harmless.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dist_train.config import RunConfig, TrackingConfig
+from dist_train.errors import ModelError
+from dist_train.training.tracker import read_spool
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+UPLOAD_SECONDS = 2.0
+RECORDS_PER_BATCH = 50
+SYSTEM_SECONDS = 5.0
+MODEL_CODE = Path(__file__).with_name("mlflow_model.py")
+REQUIREMENTS = ("torch", "numpy", "scipy", "numba", "spglib", "pymatgen", "pydantic", "pyyaml", "safetensors", "pandas")
+"""What a served model needs; the package's own code travels with it."""
+
+log = logging.getLogger(__name__)
+
+
+def _client(uri: str) -> MlflowClient:
+    """A client that gives up within seconds rather than minutes; no telemetry, no pickles."""
+    for name, value in (
+        ("MLFLOW_DISABLE_TELEMETRY", "true"),
+        ("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false"),
+        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1"),
+        ("MLFLOW_HTTP_REQUEST_TIMEOUT", "20"),
+    ):
+        os.environ.setdefault(name, value)
+    import mlflow
+
+    # The first use of a database prints a line for each of some 60 schema migrations.
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    return mlflow.MlflowClient(uri, uri)
+
+
+class MlflowUploader:
+    """Brings the spool of a run folder to MLflow from a thread of its own; the run's id is kept in the folder."""
+
+    def __init__(self, config: RunConfig, spool: Path, tags: dict[str, str]) -> None:
+        assert config.tracking.uri is not None
+        self.config, self.spool, self.tags = config, spool, tags
+        self.run_id: str | None = None
+        self.sent = 0
+        self._system: Any = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        self._thread.start()
+
+    def close(self, status: str, artifacts: Iterable[Path] = ()) -> bool:
+        """Send what is left, files included, and end the run. False where the server could not be reached."""
+        self._stop.set()
+        self._thread.join()
+        try:
+            client = self._upload()
+            for path in artifacts:
+                send = client.log_artifacts if path.is_dir() else client.log_artifact
+                send(self.run_id, str(path), path.name if path.is_dir() else None)
+            if self._system is not None:
+                self._system.finish()
+            client.set_terminated(self.run_id, status)
+        except Exception as error:  # whatever a server or its client raises must not end a finished training
+            log.warning("MLflow at %s can't be reached (%s); the metrics are in %s", self._uri, error, self.spool)
+            return False
+        return True
+
+    @property
+    def _uri(self) -> str:
+        assert self.config.tracking.uri is not None
+        return self.config.tracking.uri
+
+    def _work(self) -> None:
+        while not self._stop.wait(UPLOAD_SECONDS):
+            try:
+                self._upload()
+            except Exception as error:  # the server may be away; the spool keeps everything until it is back
+                log.info("MLflow at %s can't be reached yet (%s)", self._uri, error)
+
+    def _upload(self) -> MlflowClient:
+        from mlflow.entities import Metric
+
+        client = _client(self._uri)
+        if self.run_id is None:
+            self.run_id = self._open_run(client)
+        records = list(read_spool(self.spool))[self.sent :]
+        for start in range(0, len(records), RECORDS_PER_BATCH):
+            batch = records[start : start + RECORDS_PER_BATCH]
+            metrics = [Metric(k, v, r["time"], r["step"]) for r in batch for k, v in r["metrics"].items()]
+            client.log_batch(self.run_id, metrics=metrics)
+            self.sent += len(batch)
+        return client
+
+    def _open_run(self, client: MlflowClient) -> str:
+        """The run of this folder, made on the first start and taken up again on later ones."""
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        kept = self.spool.with_name("mlflow_run_id")
+        resumed = kept.exists()
+        if resumed:
+            run_id = kept.read_text()
+            client.update_run(run_id, status="RUNNING")
+        else:
+            experiment = _experiment(client, self.config.tracking)
+            run_id = client.create_run(experiment, run_name=self.config.run_dir.name, tags=self.tags).info.run_id
+            kept.write_text(run_id)
+            _log_config(client, run_id, self.config)
+        self._system = SystemMetricsMonitor(
+            run_id, sampling_interval=SYSTEM_SECONDS, samples_before_logging=1, resume_logging=resumed
+        )
+        self._system.start()
+        return run_id
+
+
+def _experiment(client: MlflowClient, tracking: TrackingConfig) -> str:
+    found = client.get_experiment_by_name(tracking.experiment)
+    if found is not None:
+        return str(found.experiment_id)
+    location = tracking.artifact_location
+    if location is None and tracking.uri and tracking.uri.startswith("sqlite:///"):
+        # MLflow's own default is ./mlruns of whatever folder the command was typed in.
+        location = Path(tracking.uri.removeprefix("sqlite:///")).resolve().with_name("mlartifacts").as_uri()
+    return str(client.create_experiment(tracking.experiment, artifact_location=location))
+
+
+def _log_config(client: MlflowClient, run_id: str, config: RunConfig) -> None:
+    from mlflow.entities import Param
+
+    flat = dict(_flatten(config.model_dump(mode="json")))
+    client.log_batch(run_id, params=[Param(key, str(value)[:500]) for key, value in flat.items()])
+    client.log_text(run_id, config.to_yaml(), "run.yaml")
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def register(tracking: TrackingConfig, bundle: Path, run_id: str, alias: str | None, example_cif: str) -> str:
+    """Log a bundle as a model of a run, register it as a new version and point the alias at it; returns the version."""
+    assert tracking.uri is not None
+    client = _client(tracking.uri)
+    import mlflow
+    import pandas as pd
+    from mlflow.models import infer_signature
+
+    from dist_train import __file__ as package
+
+    columns = pd.DataFrame({"cif": [example_cif]})
+    output = pd.DataFrame({"cif": [example_cif], "latent": ["[0.0]"], "confidence": [1.0], "error": [""]})
+    with tempfile.TemporaryDirectory() as folder:
+        code = Path(folder) / "dist_train"
+        shutil.copytree(Path(package).parent, code, ignore=shutil.ignore_patterns("__pycache__"))
+        with mlflow.start_run(run_id=run_id, log_system_metrics=False):
+            info = mlflow.pyfunc.log_model(
+                name="model", python_model=str(MODEL_CODE), artifacts={"bundle": str(bundle)}, code_paths=[str(code)],
+                pip_requirements=_pinned(REQUIREMENTS), signature=infer_signature(columns, output),
+                registered_model_name=tracking.model_name,
+            )  # fmt: skip
+    version = str(info.registered_model_version)
+    if alias:
+        client.set_registered_model_alias(tracking.model_name, alias, version)
+    return version
+
+
+def _pinned(names: Iterable[str]) -> list[str]:
+    from importlib.metadata import version
+
+    return [f"{name}=={version(name).split('+')[0]}" for name in names]
+
+
+def pull(uri: str, model: str, folder: Path) -> Path:
+    """Fetch the bundle of 'models:/NAME@ALIAS' or 'models:/NAME/VERSION' into a folder; returns the bundle's folder.
+
+    Raises ModelError naming the known aliases and versions where there is no such model.
+    """
+    client = _client(uri)
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        where = mlflow.artifacts.download_artifacts(model, dst_path=str(folder))
+    except MlflowException as error:
+        raise ModelError(f"{model} can't be pulled from {uri}: {_known(client, model) or error.message}") from None
+    return Path(where) / "artifacts" / "bundle"
+
+
+def _known(client: MlflowClient, model: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    name = model.removeprefix("models:/").split("@")[0].split("/")[0]
+    try:
+        found = client.get_registered_model(name)
+    except MlflowException:
+        names = [m.name for m in client.search_registered_models()]
+        return f"no model is called {name!r}; known: {', '.join(names) or 'none'}"
+    versions = [v.version for v in client.search_model_versions(f"name = '{name}'")]
+    return f"{name} has the aliases {sorted(found.aliases)} and the versions {sorted(versions, key=int)}"
+
+
+def set_pyfunc_model() -> None:
+    """Hand MLflow the served model (called by `mlflow_model.py`, which MLflow runs when it loads the model)."""
+    import mlflow.pyfunc
+    from mlflow.models import set_model
+
+    class CrystalModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc,unused-ignore]
+        """DataFrame with a column `cif` -> reconstructed cif, latent (JSON list), confidence, error, row by row."""
+
+        def load_context(self, context: Any) -> None:
+            from dist_train.models.export import read_bundle
+            from dist_train.models.reconstruct import Codec
+
+            self.codec = Codec(read_bundle(Path(context.artifacts["bundle"]))[0])
+
+        def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> Any:
+            import pandas as pd
+
+            from dist_train.generate import reconstruct_cifs
+
+            return pd.DataFrame(reconstruct_cifs(self.codec, list(model_input["cif"])))
+
+    set_model(CrystalModel())
+
+
+def log_figures(tracking: TrackingConfig, run_id: str, paths: Sequence[Path], figures: dict[str, float]) -> None:
+    """Add files and final figures to a run that has ended."""
+    assert tracking.uri is not None
+    client = _client(tracking.uri)
+    for path in paths:
+        client.log_artifact(run_id, str(path))
+    for name, value in figures.items():
+        client.log_metric(run_id, name, value)

@@ -1,0 +1,161 @@
+"""VAE and attention U-Net in one module, with the standardisation of their inputs: the model that is trained and shipped."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from dist_train.config import GridSpec, ModelConfig
+from dist_train.crystal.elements import MAX_Z
+from dist_train.crystal.voxelize import n_channels
+from dist_train.errors import ModelError
+from dist_train.models.unet import AttentionUNet
+from dist_train.models.vae import Decoder, Decoding, Encoder, Latent
+
+GATE_SHARPNESS, GATE_FLOOR = 8.0, 0.002
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and standard deviation of the training crystals' channels [C], cell numbers [6] and log atom count."""
+
+    channel_mean: tuple[float, ...]
+    channel_std: tuple[float, ...]
+    cell_mean: tuple[float, ...]
+    cell_std: tuple[float, ...]
+    count_mean: float
+    count_std: float
+
+
+class CrystalBatch(NamedTuple):
+    """Crystals on grids of one shape, in physical units.
+
+    density_BCDHW: float; species_BDHW: uint8 atomic numbers; cell_B6: logarithms of a, b, c and cosines of the angles;
+    composition_BZ: atoms of each atomic number, [B, MAX_Z + 1].
+    """
+
+    density_BCDHW: Tensor
+    species_BDHW: Tensor
+    cell_B6: Tensor
+    composition_BZ: Tensor
+
+    def to(self, device: torch.device) -> CrystalBatch:
+        """The same batch on a device."""
+        return CrystalBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+class CrystalAutoencoder(nn.Module):
+    """The VAE, the U-Net and the numbers that standardise what goes in.
+
+    Raises ModelError for a grid of adaptive shape (a global latent needs one shape) or for no elements.
+    """
+
+    prior_mean: Tensor
+    prior_cholesky: Tensor
+
+    def __init__(self, grid: GridSpec, model: ModelConfig, elements: tuple[int, ...], statistics: Statistics) -> None:
+        super().__init__()
+        if grid.shape == "adaptive":
+            raise ModelError("grid.shape 'adaptive' can't be trained on: the latent needs one shape; set a number")
+        if not elements:
+            raise ModelError("no elements to tell apart: the training split is empty")
+        self.grid, self.model, self.elements, self.statistics = grid, model, elements, statistics
+        shape = (grid.shape,) * 3
+        channels = n_channels(grid)
+        self.encoder = Encoder(channels, shape, model.vae_widths, model.latent)
+        self.decoder = Decoder(channels, shape, model.vae_widths, model.latent, len(elements))
+        self.unet = AttentionUNet(channels, 1 + len(elements), model.unet_width, model.unet_levels)
+        # The Gaussian of the training crystals' latents, fitted after training: N(0, I) is a poor prior (see generate).
+        self.register_buffer("prior_mean", torch.zeros(model.latent))
+        self.register_buffer("prior_cholesky", torch.eye(model.latent))
+
+    def encode(self, density_BCDHW: Tensor, cell_B6: Tensor) -> Latent:
+        """Posterior of standardised inputs."""
+        latent: Latent = self.encoder(density_BCDHW, cell_B6)
+        return latent
+
+    def decode(self, latent: Tensor) -> Decoding:
+        """Standardised outputs of latents [B, latent]."""
+        decoding: Decoding = self.decoder(latent)
+        return decoding
+
+    def segment(self, decoding: Decoding) -> Tensor:
+        """[B, 1 + E, D, H, W] logits of 'no atom' and of each element, gated by the decoded composition."""
+        features = self.unet(decoding.density_BCDHW).movedim(1, -1)
+        logits = self.unet.classify(features)
+        gate = composition_gate(decoding.composition_BE)
+        return (logits + gate[:, None, None, None]).movedim(-1, 1)
+
+    def config(self) -> dict[str, Any]:
+        """Everything but the weights, ready for JSON; `from_config` rebuilds the module from it."""
+        return {
+            "grid": self.grid.model_dump(mode="json"),
+            "model": self.model.model_dump(mode="json"),
+            "elements": list(self.elements),
+            "statistics": asdict(self.statistics),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> CrystalAutoencoder:
+        """Inverse of `config`, with fresh weights."""
+        statistics = {k: tuple(v) if isinstance(v, list) else v for k, v in config["statistics"].items()}
+        return cls(
+            GridSpec.model_validate(config["grid"]),
+            ModelConfig.model_validate(config["model"]),
+            tuple(config["elements"]),
+            Statistics(**statistics),
+        )
+
+
+def composition_gate(composition_BE: Tensor) -> Tensor:
+    """[B, 1 + E] added to the logits: log(softplus(8 c) / 8 + 0.002), about 0 for one atom and -6 for none.
+
+    The gate bars elements that the latent says are absent; 'no atom' passes unchanged.
+    """
+    gate = torch.log(softplus(GATE_SHARPNESS * composition_BE) / GATE_SHARPNESS + GATE_FLOOR)
+    return torch.cat([torch.zeros_like(gate[:, :1]), gate], dim=1)
+
+
+class Standardiser:
+    """Physical units to the network's and back, on one device and dtype (kept out of the module: never trained)."""
+
+    def __init__(self, model: CrystalAutoencoder, device: torch.device, dtype: torch.dtype) -> None:
+        s = model.statistics
+        self.dtype = dtype
+        self.channel_mean = torch.tensor(s.channel_mean, device=device).reshape(1, -1, 1, 1, 1)
+        self.channel_std = torch.tensor(s.channel_std, device=device).reshape(1, -1, 1, 1, 1)
+        self.cell_mean, self.cell_std = torch.tensor(s.cell_mean, device=device), torch.tensor(s.cell_std, device=device)
+        self.count_mean, self.count_std = s.count_mean, s.count_std
+        self.elements = torch.tensor(model.elements, device=device)
+        self.class_of_z = torch.zeros(MAX_Z + 1, dtype=torch.int64, device=device)
+        self.class_of_z[self.elements] = torch.arange(1, len(model.elements) + 1, device=device)
+
+    def density(self, density_BCDHW: Tensor) -> Tensor:
+        return ((density_BCDHW - self.channel_mean) / self.channel_std).to(self.dtype)
+
+    def cell(self, cell_B6: Tensor) -> Tensor:
+        return ((cell_B6 - self.cell_mean) / self.cell_std).to(self.dtype)
+
+    def physical_density(self, density_BCDHW: Tensor) -> Tensor:
+        return density_BCDHW.float() * self.channel_std + self.channel_mean
+
+    def physical_cell(self, cell_B6: Tensor) -> Tensor:
+        return cell_B6.float() * self.cell_std + self.cell_mean
+
+
+def cell_numbers(lengths_angles: np.ndarray) -> np.ndarray:
+    """[..., 6] cell parameters (angstrom, degrees) -> logarithms of the lengths, cosines of the angles."""
+    return np.concatenate(
+        [np.log(lengths_angles[..., :3]), np.cos(np.radians(lengths_angles[..., 3:]))], axis=-1
+    ).astype(np.float32)
+
+
+def cell_parameters(cell_numbers: np.ndarray) -> np.ndarray:
+    """Inverse of `cell_numbers`; cosines beyond +-0.98 are cut there, so that every output is a cell."""
+    cosines = np.clip(cell_numbers[..., 3:].astype(np.float64), -0.98, 0.98)
+    return np.concatenate([np.exp(cell_numbers[..., :3].astype(np.float64)), np.degrees(np.arccos(cosines))], axis=-1)

@@ -1,0 +1,70 @@
+"""The model bundle: a folder with `model.safetensors`, `config.json` and `SHA256SUMS`; no pickle anywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dist_train import __version__
+from dist_train.errors import ModelError
+from dist_train.files import fsync, sha256
+from dist_train.models.autoencoder import CrystalAutoencoder
+
+FORMAT_VERSION = 1
+WEIGHTS_NAME, CONFIG_NAME, SUMS_NAME = "model.safetensors", "config.json", "SHA256SUMS"
+
+
+def write_bundle(folder: Path, model: CrystalAutoencoder, weights: dict[str, Tensor], about: dict[str, Any]) -> Path:
+    """Write a bundle that replaces `folder` as a whole.
+
+    weights: by the model's parameter names; about: provenance (data digest, step, metrics...), kept in config.json.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file({name: value.contiguous() for name, value in weights.items()}, temporary / WEIGHTS_NAME)
+    config = {"format_version": FORMAT_VERSION, "code_version": __version__, "about": about, **model.config()}
+    (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n")
+    sums = "".join(f"{sha256(temporary / name)}  {name}\n" for name in (CONFIG_NAME, WEIGHTS_NAME))
+    (temporary / SUMS_NAME).write_text(sums)
+    for path in temporary.iterdir():
+        fsync(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+    return folder
+
+
+def read_bundle(folder: Path) -> tuple[CrystalAutoencoder, dict[str, Any]]:
+    """The model of a bundle, in evaluation mode, and its config; every file is checked against SHA256SUMS first.
+
+    Raises ModelError for a folder that is no bundle, is damaged, or was written by a newer program.
+    """
+    _check_sums(folder)
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    if config["format_version"] > FORMAT_VERSION:
+        raise ModelError(
+            f"bundle {folder} has format {config['format_version']}, this program reads up to {FORMAT_VERSION}: update it"
+        )
+    with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced: leave the caller's numbers alone
+        model = CrystalAutoencoder.from_config(config)
+    model.load_state_dict(load_file(folder / WEIGHTS_NAME))
+    return model.eval(), config
+
+
+def _check_sums(folder: Path) -> None:
+    try:
+        lines = (folder / SUMS_NAME).read_text().splitlines()
+    except OSError:
+        raise ModelError(f"{folder} is no model bundle: it has no {SUMS_NAME}") from None
+    named = dict(reversed(line.split("  ", 1)) for line in lines)
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        path = folder / name
+        if not path.is_file() or named.get(name) != sha256(path):
+            raise ModelError(f"bundle file {path} is missing or differs from {SUMS_NAME}: fetch the bundle again")

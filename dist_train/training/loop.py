@@ -1,0 +1,152 @@
+"""The train loop, top to bottom, in the order in which things happen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from dist_train.config import RunConfig
+from dist_train.errors import DistTrainError
+from dist_train.models.autoencoder import CrystalBatch
+from dist_train.models.objectives import Noise, step_noise
+from dist_train.models.reconstruct import Codec
+from dist_train.progress import Progress
+from dist_train.shards.reader import BatchPlan, ShardReader, collate, train_batches
+from dist_train.training.checkpoint import Checkpoints
+from dist_train.training.engine import Engine, StepResult
+from dist_train.training.state import TrainState, learning_rate
+from dist_train.training.tracker import Tracker
+
+VALIDATION_BATCH = 32
+
+
+def fit(
+    config: RunConfig, engine: Engine, train: ShardReader, val: ShardReader, tracker: Tracker,
+    checkpoints: Checkpoints, state: TrainState,
+) -> TrainState:  # fmt: skip
+    """Train from `state` to the last step (or `stop_after_step`) and return the state reached, checkpointed.
+
+    Raises DistTrainError after `max_nonfinite` steps in a row without a finite loss and gradient.
+    """
+    settings = config.train
+    plan = BatchPlan(len(train), settings.global_batch_size, settings.epochs, config.seed, engine.rank, engine.ranks)
+    last = min(plan.steps, settings.stop_after_step or plan.steps)
+    meter = Meter(settings.global_batch_size)
+    in_a_row = 0
+    with Progress("train", plan.steps, "steps", state.step, shown=engine.rank == 0) as progress:
+        for step, batch in meter.timed(train_batches(train, plan, state.step, last)):
+            rate = learning_rate(step, plan.steps, settings)
+            result = engine.step(batch, _noise(config, engine, step), rate)
+            state = replace(state, step=step + 1, skipped=state.skipped + (not result.applied))
+            in_a_row = 0 if result.applied else in_a_row + 1
+            if in_a_row >= settings.max_nonfinite:
+                raise DistTrainError(_nonfinite_message(in_a_row, step, train, plan))
+            meter.add(result)
+            progress.update(1, loss=f"{result.loss:.3f}", grad=f"{result.gradient_norm:.2f}", **meter.shown)
+            if state.step % settings.log_every == 0 or state.step == last:
+                tracker.log(state.step, {**meter.take(), "learning_rate": rate, "skipped": float(state.skipped)})
+            if state.step % settings.validate_every == 0 or state.step == plan.steps:
+                figures = validate(config, engine, val)
+                tracker.log(state.step, figures)
+                meter.shown["val_exact"] = f"{figures['val/composition_exact']:.1%}"
+            if state.step % settings.checkpoint_every == 0 or state.step == last:
+                checkpoints.save(engine, state)
+    return state
+
+
+def _noise(config: RunConfig, engine: Engine, step: int) -> Noise:
+    model, share = engine.objective.model, config.train.global_batch_size // engine.ranks
+    assert isinstance(model.grid.shape, int)
+    return step_noise(
+        config.seed, step, share, engine.rank, engine.ranks, model.model.latent, model.grid.shape,
+        config.train.unet_share, engine.device,
+    )  # fmt: skip
+
+
+def _nonfinite_message(in_a_row: int, step: int, train: ShardReader, plan: BatchPlan) -> str:
+    keys = [train.entries[place][1].key for place in plan.places(step)]
+    return (
+        f"{in_a_row} steps in a row had a non-finite loss or gradient and were skipped; the last, step {step}, held "
+        f"{keys[:8]} on rank {plan.rank}; lower train.learning_rate or look at these samples"
+    )
+
+
+@dataclass
+class Meter:
+    """Gathers steps between two records: mean losses, throughput, and the share of time spent waiting for data."""
+
+    global_batch: int
+    shown: dict[str, str] = field(default_factory=dict)
+    _results: list[StepResult] = field(default_factory=list)
+    _waited: float = 0.0
+    _since: float = field(default_factory=time.perf_counter)
+
+    def timed(self, batches: Iterable[tuple[int, CrystalBatch]]) -> Iterator[tuple[int, CrystalBatch]]:
+        """The batches, with the wait for each measured."""
+        iterator = iter(batches)
+        while True:
+            began = time.perf_counter()
+            item = next(iterator, None)
+            self._waited += time.perf_counter() - began
+            if item is None:
+                return
+            yield item
+
+    def add(self, result: StepResult) -> None:
+        self._results.append(result)
+
+    def take(self) -> dict[str, float]:
+        """The metrics since the last call."""
+        seconds, count = time.perf_counter() - self._since, len(self._results)
+        names = self._results[0].parts
+        means = {f"train/{name}": sum(r.parts[name] for r in self._results) / count for name in names}
+        figures = {
+            "train/loss": sum(r.loss for r in self._results) / count,
+            **means,
+            "gradient_norm": self._results[-1].gradient_norm,
+            "samples_per_second": count * self.global_batch / seconds,
+            "data_wait_percent": 100 * self._waited / seconds,
+        }
+        self._results, self._waited, self._since = [], 0.0, time.perf_counter()
+        return figures
+
+
+@torch.no_grad()
+def validate(config: RunConfig, engine: Engine, val: ShardReader) -> dict[str, float]:
+    """Losses and decoded accuracy of the averaged weights on the validation split, shared out among the ranks.
+
+    composition_exact: crystals decoded with every atom's species right; count_exact: with the right number of atoms.
+    """
+    places = list(range(engine.rank, len(val), engine.ranks))
+    sums: dict[str, float] = {}
+    with engine.averaged():
+        codec = Codec(engine.objective.model)
+        for start in range(0, len(places), VALIDATION_BATCH):
+            records = [val[place] for place in places[start : start + VALIDATION_BATCH]]
+            for name, value in _validate_batch(config, engine, codec, collate(records), start).items():
+                sums[name] = sums.get(name, 0.0) + value * len(records)
+            decoded = codec.crystals(codec.encode([r.crystal for r in records]), [r.crystal.id for r in records])
+            pairs = [(d.crystal, r.crystal) for d, r in zip(decoded, records, strict=True) if d.crystal]
+            sums["count_exact"] = sums.get("count_exact", 0.0) + sum(len(p) == len(t) for p, t in pairs if p)
+            exact = sum(p.composition == t.composition for p, t in pairs if p)
+            sums["composition_exact"] = sums.get("composition_exact", 0.0) + exact
+        engine.objective.train()
+    names = sorted(sums)
+    totals = engine.total([sums[name] for name in names])
+    return {f"val/{name}": total / len(val) for name, total in zip(names, totals, strict=True)}
+
+
+def _validate_batch(
+    config: RunConfig, engine: Engine, codec: Codec, batch: CrystalBatch, start: int
+) -> dict[str, float]:
+    """Loss and parts of one batch at the posterior mean."""
+    model, size = codec.model, len(batch.composition_BZ)
+    assert isinstance(model.grid.shape, int)
+    noise = step_noise(config.seed, start, size, 0, 1, model.model.latent, model.grid.shape, 1.0, engine.device)
+    loss, parts = engine.objective(
+        batch.to(engine.device), Noise(torch.zeros_like(noise.latent_BL), noise.voxels_bDHW)
+    )
+    return {"loss": float(loss), **{name: float(value) for name, value in parts.items()}}

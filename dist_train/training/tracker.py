@@ -1,0 +1,65 @@
+"""Metrics on disk first: rank 0 appends them to `metrics.jsonl`; uploaders read that file, so no outage loses anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Tracker(Protocol):
+    """What the train loop tells of itself."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Record metrics of a step, for ever; must return at once."""
+
+
+class Spool:
+    """Appends one JSON line a record: {"step", "time" (ms since 1970), "metrics"}.
+
+    A resumed run computes again what lay between its checkpoint and its end; those records are there already, equal, and
+    are not written twice: each kind of record (the set of its metric names) only grows in steps.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._drop_torn_line()
+        self._written = {(record["step"], *sorted(record["metrics"])) for record in read_spool(path)}
+        self._stream = path.open("a")
+
+    def _drop_torn_line(self) -> None:
+        """A kill in the middle of a write leaves a last line without its end."""
+        if self.path.exists():
+            data = self.path.read_bytes()
+            if not data.endswith(b"\n"):
+                os.truncate(self.path, data.rfind(b"\n") + 1)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        key = (step, *sorted(metrics))
+        if key in self._written:
+            return
+        self._written.add(key)
+        self._stream.write(json.dumps({"step": step, "time": int(time.time() * 1000), "metrics": metrics}) + "\n")
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+class NoTracker:
+    """For ranks other than 0."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        return
+
+
+def read_spool(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a spool, in order."""
+    if path.exists():
+        with path.open() as stream:
+            yield from (json.loads(line) for line in stream if line.endswith("\n"))
