@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from importlib.resources import files
@@ -70,11 +70,9 @@ def write_report(
     samples: (title, CIF) of generated crystals.
     path_frames: (title, CIF) of an interpolation, in order.
     """
-    crystals = {
-        "pairs": [asdict(pair) for pair in pairs],
-        "samples": _titled(samples),
-        "path": _titled(path_frames),
-    }
+    crystals = {"pairs": [asdict(pair) for pair in pairs]}
+    for name, titled in (("samples", samples), ("path", path_frames)):
+        crystals[name] = [{"title": title, "cif": cif} for title, cif in titled]
     parts = {
         "title": escape(title),
         "summary": escape(summary),
@@ -83,15 +81,11 @@ def write_report(
         "data": _script_json(crystals),
         "css": _static("report.css"),
         "js": _static("report.js"),
-        "viewer": _static("3Dmol-min.js"),
         "crystal": _static("crystal.js"),
+        "viewer": _static("3Dmol-min.js"),
         "license": escape(_static("3Dmol-LICENSE.txt")),
     }
     _write_atomically(path, _fill(_static("report.html"), parts))
-
-
-def _titled(crystals: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
-    return [{"title": title, "cif": cif} for title, cif in crystals]
 
 
 def _static(name: str) -> str:
@@ -114,7 +108,8 @@ def _table(table: Table) -> str:
         f'<th scope="col"{" class=num" * is_number}><button type="button">{escape(name)}</button></th>'
         for name, is_number in zip(table.columns, numeric, strict=True)
     )
-    body = "".join(f"<tr>{''.join(map(_cell, row, numeric))}</tr>" for row in table.rows)
+    cells = ("".join(_cell(*pair) for pair in zip(row, numeric, strict=True)) for row in table.rows)
+    body = "".join(f"<tr>{row}</tr>" for row in cells)
     caption = f'<p class="caption">{escape(table.caption)}</p>' if table.caption else ""
     return (
         f'<article class="card"><h3>{escape(table.title)}</h3><div class="scroll"><table><thead><tr>{head}</tr></thead>'

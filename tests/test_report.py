@@ -180,6 +180,7 @@ EXERCISE = """<script>{
   probe.unreadable = $$("#samples .failure")[0].textContent;
   $$("#pairs .bar button")[1].click();
   probe.failed = $$("#pairs .failure")[1].textContent;
+  $$(".top, #tables").forEach((node) => node.remove()); // so that the screenshot holds the first view
   const box = $$("#pairs .stage")[0].getBoundingClientRect();
   probe.box = [box.left, box.top, box.right, box.bottom];
   root.dataset.probe = JSON.stringify(probe);
@@ -209,11 +210,11 @@ def colours(png: Path, box: list[float]) -> int:
     """How many colours a rectangle of a picture has."""
     image = pytest.importorskip("PIL.Image")
     with image.open(png) as picture:
-        return len(set(picture.convert("RGB").crop(tuple(map(round, box))).getdata()))
+        assert box[2] <= picture.width and box[3] <= picture.height
+        return len(picture.convert("RGB").crop(tuple(map(round, box))).getcolors(1 << 24))
 
 
 @needs_browser
-@pytest.mark.timeout(120)
 def test_a_browser_draws_the_crystals(report: Path) -> None:
     screenshot = report.parent / "shot.png"
     page = browse(report, RECORD_ERRORS, EXERCISE, f"--screenshot={screenshot}")
@@ -238,7 +239,6 @@ def test_a_browser_draws_the_crystals(report: Path) -> None:
 
 
 @needs_browser
-@pytest.mark.timeout(120)
 def test_without_webgl_the_page_says_so_and_still_works(report: Path) -> None:
     page = browse(report, RECORD_ERRORS + NO_WEBGL, "")
     assert page.root["data-ready"] == "true"

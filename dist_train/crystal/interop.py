@@ -74,12 +74,12 @@ _ISOTOPES = ("D", "T")
 _NOT_NUCLEAR = ("_space_group_magn", "_space_group_symop_magn", "_cell_modulation_dimension", "_cell_wave_vector")
 
 
-def read_cif(path: Path, max_atoms: int) -> Crystal:
-    """The one crystal of a `.cif` or `.cif.gz` file, its id the file's name without these endings.
+def read_cif(path: Path, max_atoms: int, id: str | None = None) -> Crystal:
+    """The one crystal of a `.cif` or `.cif.gz` file; its id is the file's name without these endings if none is given.
 
     Raises CrystalError with the reason for a file that can't be read, is too large or isn't what `parse_cif` takes.
     """
-    id = path.name.removesuffix(".gz").removesuffix(".cif")
+    id = id or path.name.removesuffix(".gz").removesuffix(".cif")
     try:
         text = _read_capped(path, id).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -264,11 +264,13 @@ def _symmetry(block: Block, id: str) -> tuple[FloatArray, FloatArray]:
         parser: Any = CifParser.from_str("data_x\n_x 1")
         operations = parser.get_symops(CifBlock(given, [], "x"))
     rotations = np.array([operation.rotation_matrix for operation in operations])
+    translations = np.array([operation.translation_vector for operation in operations])
     # pymatgen falls back to P1 with a warning: a wrong crystal for a file that does state its symmetry.
     fell_back = any("Defaulting to P1" in warning for warning in parser.warnings)
-    if fell_back or not np.allclose(np.abs(np.linalg.det(rotations)), 1.0):
+    has_identity = ((rotations == np.eye(3)).all((1, 2)) & (translations % 1 == 0).all(1)).any()
+    if fell_back or not has_identity or not np.allclose(np.abs(np.linalg.det(rotations)), 1.0):
         raise CrystalError(f"{id}: symmetry not understood: {str(next(iter(given.values())))[:60]!r}")
-    return rotations, np.array([operation.translation_vector for operation in operations])
+    return rotations, translations
 
 
 def _expand(crystal: Crystal, rotations: FloatArray, translations: FloatArray, max_atoms: int) -> Crystal:
@@ -318,9 +320,7 @@ def _accept(crystal: Crystal, max_atoms: int) -> Crystal:
     nearest, _ = images.query(cart_N3, k=2, distance_upper_bound=MIN_DISTANCE_A)  # the first of the two is the atom
     shortest = nearest[:, 1].min()
     if np.isfinite(shortest):
-        raise CrystalError(
-            f"{crystal.id}: overlapping atoms, {shortest:.3f} A apart, at least {MIN_DISTANCE_A} is needed"
-        )
+        raise CrystalError(f"{crystal.id}: overlapping atoms, {shortest:.3f} A apart; {MIN_DISTANCE_A} A are needed")
     return crystal
 
 
@@ -394,7 +394,7 @@ def from_pymatgen(structure: Structure, id: str) -> Crystal:
     for site in structure:
         if not site.is_ordered:
             raise CrystalError(f"{id}: disordered, a site holds {site.species_string}")
-        symbol = str(getattr(site.specie, "symbol", site.specie))
+        symbol = str(getattr(site.specie, "element", site.specie))  # unlike `symbol`, tells D from H
         if symbol not in NUMBERS:
             raise CrystalError(f"{id}: unknown element or isotope {symbol!r}")
         numbers.append(NUMBERS[symbol])
@@ -425,38 +425,36 @@ def parquet_length(path: Path) -> int:
 
 
 def read_parquet_rows(
-    path: Path, start: int, stop: int, max_atoms: int
+    path: Path, start: int, stop: int, max_atoms: int | None = None
 ) -> Iterator[Crystal | tuple[str, CrystalError]]:
     """The crystals of rows start <= row < stop, in order; for a bad row its id and what is wrong with it.
 
     Columns: id; a, b, c in angstrom; alpha, beta, gamma in degrees; z, a list of N atomic numbers; frac, a flat list
-    of 3 N fractional coordinates. Raises DataError for a table that can't be read, lacks a column or is shorter.
+    of 3 N fractional coordinates. A row of over `max_atoms` atoms is a bad one; None takes any number.
+    Raises DataError for a table that can't be read, lacks a column or is shorter.
     """
     length = parquet_length(path)
     if not 0 <= start <= stop <= length:
         raise DataError(f"{path}: rows {start} to {stop} asked for, the table has {length}")
-    return _parquet_rows(path, start, stop, max_atoms)
+    return (_row_crystal(values, row, max_atoms) for row, values in _rows(path, start, stop))
 
 
-def _parquet_rows(path: Path, start: int, stop: int, max_atoms: int) -> Iterator[Crystal | tuple[str, CrystalError]]:
+def _rows(path: Path, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row, values by column), of only the row groups needed, in batches: a large group is never held as objects."""
     with _open_parquet(path) as table:
-        first = 0
-        for group in range(table.num_row_groups):
-            size = table.metadata.row_group(group).num_rows
-            if first < stop and start < first + size:
-                for row, values in enumerate(_group_rows(path, table, group), first):
-                    if start <= row < stop:
-                        yield _row_crystal(values, row, max_atoms)
-            first += size
-
-
-def _group_rows(path: Path, table: pq.ParquetFile, group: int) -> Iterator[dict[str, Any]]:
-    """Rows of one row group, in batches, so that a large group is never held as Python objects."""
-    try:
-        for batch in table.iter_batches(BATCH_ROWS, row_groups=[group], columns=list(PARQUET_COLUMNS)):
-            yield from batch.to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: row group {group} can't be read: {error}") from error
+        sizes = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
+        ends = np.cumsum(sizes).tolist()
+        groups = [group for group, end in enumerate(ends) if end > start and end - sizes[group] < stop]
+        first = ends[groups[0]] - sizes[groups[0]] if groups else stop
+        try:
+            for batch in table.iter_batches(BATCH_ROWS, row_groups=groups, columns=list(PARQUET_COLUMNS)):
+                skip = max(start - first, 0)
+                yield from enumerate(batch.slice(skip, max(stop - first - skip, 0)).to_pylist(), first + skip)
+                first += batch.num_rows
+                if first >= stop:
+                    return
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: rows from {first} on can't be read: {error}") from error
 
 
 def _open_parquet(path: Path) -> pq.ParquetFile:
@@ -471,7 +469,7 @@ def _open_parquet(path: Path) -> pq.ParquetFile:
     return table
 
 
-def _row_crystal(values: dict[str, Any], row: int, max_atoms: int) -> Crystal | tuple[str, CrystalError]:
+def _row_crystal(values: dict[str, Any], row: int, max_atoms: int | None) -> Crystal | tuple[str, CrystalError]:
     id = f"row {row}" if values["id"] is None else str(values["id"])
     try:
         numbers, frac = np.asarray(values["z"]), np.asarray(values["frac"], dtype=np.float64)
@@ -481,7 +479,7 @@ def _row_crystal(values: dict[str, Any], row: int, max_atoms: int) -> Crystal | 
                 "N whole numbers and 3 N coordinates are needed"
             )
         parameters = np.array([values[name] for name in PARQUET_COLUMNS[1:7]], dtype=np.float64)
-        return _accept(Crystal(id, _lattice(parameters, id), frac, numbers), max_atoms)
+        return _accept(Crystal(id, _lattice(parameters, id), frac, numbers), max_atoms or len(numbers))
     except CrystalError as error:
         return id, error
     except (TypeError, ValueError, OverflowError) as error:

@@ -124,7 +124,7 @@ def scan_chunk(part: int, chunk: Chunk, parts: Path, grid: GridSpec, splits: dic
     rows: list[Row] = []
     rejected: list[Rejected] = []
     with atomic_path(parts / part_name(part)) as temporary, temporary.open("wb") as stream:
-        for id, file, crystal in _read(chunk, grid.max_atoms):
+        for id, file, crystal in read_chunk(chunk, grid.max_atoms):
             if isinstance(crystal, CrystalError):
                 rejected.append(Rejected(id, file, "parse", str(crystal)))
                 continue
@@ -143,7 +143,7 @@ def part_name(part: int) -> str:
     return f"part-{part:06d}.jsonl"
 
 
-def _read(chunk: Chunk, max_atoms: int) -> Iterator[tuple[str, str, Crystal | CrystalError]]:
+def read_chunk(chunk: Chunk, max_atoms: int) -> Iterator[tuple[str, str, Crystal | CrystalError]]:
     """(id, file, crystal or the reason it can't be read) of every input of a chunk."""
     if chunk.stop:
         table = chunk.files[0]

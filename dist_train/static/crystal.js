@@ -111,7 +111,7 @@ const Crystals = (() => {
     model.addAtoms(bonds ? bonded(atoms) : atoms);
     for (const elem of new Set(atoms.map((atom) => atom.elem))) {
       const color = colour(elem);
-      const sphere = { radius: 0.42 * $3Dmol.bondLength(elem), color };
+      const sphere = { radius: 0.38 * $3Dmol.bondLength(elem), color };
       model.setStyle({ elem }, bonds ? { sphere, stick: { radius: 0.09, color } } : { sphere });
     }
     drawEdges(viewer, crystal, scale);
@@ -178,7 +178,7 @@ const Crystals = (() => {
 
   function drawLetters(viewer, crystal, scale) {
     for (let axis = 0; axis < 3; axis++) {
-      const tip = [0, 0, 0].with(axis, 1 + (0.5 + 0.08 * scale) / crystal.cell[axis]);
+      const tip = [0, 0, 0].with(axis, 1 + (0.7 + 0.08 * scale) / crystal.cell[axis]);
       viewer.addLabel("abc"[axis], {
         position: point(crystal, tip), font: "sans-serif", fontSize: 22, bold: true, fontColor: AXIS_COLOURS[axis],
         showBackground: false, alignment: "center", inFront: true,
@@ -189,7 +189,7 @@ const Crystals = (() => {
   function fit(viewer, scale) {
     const canvas = viewer.getCanvas();
     const aspect = Math.max(canvas.clientWidth / canvas.clientHeight, 1) || 1;
-    const distance = ((0.98 * scale + 0.35) * aspect) / Math.tan(FIELD_OF_VIEW);
+    const distance = ((scale + 0.4) * aspect) / Math.tan(FIELD_OF_VIEW);
     viewer.setSlab(-3 * scale - 5, 3 * scale + 5);
     viewer.setPerceivedDistance(distance);
   }

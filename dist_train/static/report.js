@@ -43,7 +43,8 @@
       this.bonds = add(buttons, "button", "", "Bonds");
       this.bonds.title = "Join atoms nearer than the sum of their covalent radii and 0.1 Å";
       this.bonds.onclick = toggleBonds;
-      this.download = add(buttons, "button", "", "Download CIF");
+      this.download = add(buttons, "button", "", "↓ CIF");
+      this.download.title = "Download this crystal as a CIF file";
       this.stage = add(card, "div", "stage");
       this.failure = add(this.stage, "div", "failure");
       const below = add(card, "div", "below");
@@ -122,6 +123,7 @@
     select.onchange = () => go(select.selectedIndex);
     previous.onclick = () => go(select.selectedIndex - 1);
     next.onclick = () => go(select.selectedIndex + 1);
+    bar.hidden = titles.length < 2;
     go(0);
   }
 
@@ -167,6 +169,7 @@
       run(false);
       show(Number(slider.value));
     };
+    bar.hidden = frames.length < 2;
     show(0);
   }
 

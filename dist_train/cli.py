@@ -1,0 +1,220 @@
+"""`dist-train VERB ...`: the command line. Engines are imported by the verb that needs them, so that --help is instant."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dist_train import __version__
+from dist_train.errors import DistTrainError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb. Exit codes: 0 done, 2 an error that the user can mend (one message), 130 interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        text = options.run(options)
+    except DistTrainError as error:
+        return _fail(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        return _fail(f"{error.filename or 'the output'}: {error.strerror}; free space or choose another folder")
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command takes the work up again", code=130)
+    if text:
+        print(text, flush=True)
+    return 0
+
+
+def _fail(message: str, code: int = 2) -> int:
+    rank = f" (rank {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
+    print(f"dist-train: error{rank}: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dist-train",
+        description="Distributed training of generative models of 3-D crystal structures.",
+        epilog="Start with: dist-train demo. Every verb has its own --help.",
+    )
+    parser.add_argument("--version", action="version", version=f"dist-train {__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    _add_demo(verbs)
+    _add_config(verbs)
+    _add_voxelize(verbs)
+    _add_verify(verbs)
+    _add_train(verbs)
+    _add_register(verbs)
+    _add_evaluate(verbs)
+    _add_generate(verbs)
+    return parser
+
+
+Verbs = argparse._SubParsersAction
+
+
+def _verb(verbs: Verbs, name: str, help: str, description: str = "") -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name,
+        help=help,
+        description=description or help,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    return parser
+
+
+def _config_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, metavar="RUN.yaml", help="run file; without one, the defaults")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="a.b=c", help="override one setting; may be repeated"
+    )
+
+
+def _load(options: argparse.Namespace):  # type: ignore[no-untyped-def]
+    from dist_train.config import load_config
+
+    return load_config(options.config, tuple(options.set))
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="bundle folder, or models:/NAME@ALIAS in an MLflow registry")
+    parser.add_argument(
+        "--tracking-uri", default=os.environ.get("MLFLOW_TRACKING_URI"), help="MLflow server of a models:/ name"
+    )
+
+
+def _add_demo(verbs: Verbs) -> None:
+    parser = _verb(
+        verbs,
+        "demo",
+        "the main job on the shipped crystals: voxelise, train, resume, register, evaluate",
+        "Runs every stage on the crystals in data/sample, in about ten minutes on two cores, without server, account or "
+        "GPU. Everything is written below --out.",
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="output folder; an earlier demo is replaced")
+    parser.add_argument("--port", type=int, default=0, help="port of the two training ranks; 0 takes a free one")
+    parser.add_argument("--epochs", type=int, help="train for fewer epochs than the run file says (a shorter, worse demo)")
+    parser.set_defaults(run=_demo)
+
+
+def _demo(options: argparse.Namespace) -> str:
+    from dist_train.demo import run_demo
+
+    return run_demo(options.out, options.port, options.epochs)
+
+
+def _add_config(verbs: Verbs) -> None:
+    parser = _verb(verbs, "config", "print the resolved config of a run, every setting with its value")
+    _config_options(parser)
+    parser.add_argument("--print", action="store_true", help="print the settings (the default)")
+    parser.set_defaults(run=lambda options: _load(options).to_yaml().rstrip())
+
+
+def _add_voxelize(verbs: Verbs) -> None:
+    parser = _verb(
+        verbs, "voxelize", "crystals (CIF, Parquet) to WebDataset shards, on Ray",
+        "Reads data.inputs and writes tar shards, index.json and rejected.csv to data.shards. A finished folder of the same "
+        "settings is left as it is; an interrupted job goes on where it stopped.",
+    )  # fmt: skip
+    _config_options(parser)
+    parser.set_defaults(run=_voxelize)
+
+
+def _voxelize(options: argparse.Namespace) -> str:
+    from dist_train.commands import voxelize
+
+    return voxelize(_load(options))
+
+
+def _add_verify(verbs: Verbs) -> None:
+    parser = _verb(verbs, "verify", "check shards against their index: sizes and hashes")
+    parser.add_argument("shards", type=Path, help="folder with index.json")
+    parser.set_defaults(run=_verify)
+
+
+def _verify(options: argparse.Namespace) -> str:
+    from dist_train.commands import verify_shards
+
+    return verify_shards(options.shards)
+
+
+def _add_train(verbs: Verbs) -> None:
+    parser = _verb(
+        verbs, "train", "train, or go on from the newest checkpoint",
+        "One process, or one rank under a launcher: deepspeed --module --no_local_rank --num_accelerators 2 dist_train train "
+        "--config RUN.yaml. A run_dir with a checkpoint is taken up where it stopped.",
+    )  # fmt: skip
+    _config_options(parser)
+    parser.set_defaults(run=_train)
+
+
+def _train(options: argparse.Namespace) -> str:
+    from dist_train.commands import train
+
+    return train(_load(options))
+
+
+def _add_register(verbs: Verbs) -> None:
+    parser = _verb(verbs, "register", "register the model of a finished run in MLflow")
+    parser.add_argument("run_dir", type=Path, help="folder of the run")
+    parser.add_argument("--alias", help="alias to point at the new version, such as champion")
+    parser.set_defaults(run=_register)
+
+
+def _register(options: argparse.Namespace) -> str:
+    from dist_train.commands import register
+
+    return register(options.run_dir, options.alias)
+
+
+def _add_evaluate(verbs: Verbs) -> None:
+    parser = _verb(
+        verbs, "evaluate", "reconstruct held-out crystals and measure, beside a baseline and the ceiling",
+        "Writes metrics.json, report.html and CIF files.",
+    )  # fmt: skip
+    _model_options(parser)
+    parser.add_argument("--shards", type=Path, required=True, help="folder of shards")
+    parser.add_argument("--split", default="test", help="split that the model was not trained on")
+    parser.add_argument("--out", type=Path, required=True, help="output folder")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that compare structures")
+    parser.add_argument("--samples", type=int, default=16, help="crystals to sample for the report")
+    parser.add_argument("--steps", type=int, default=9, help="steps of the interpolation in the report; 0 for none")
+    parser.set_defaults(run=_evaluate)
+
+
+def _evaluate(options: argparse.Namespace) -> str:
+    from dist_train.commands import evaluate
+    from dist_train.tables import metrics_table
+
+    metrics = evaluate(
+        options.model, options.tracking_uri, options.shards, options.split, options.out, options.workers,
+        options.samples, options.steps,
+    )  # fmt: skip
+    return f"{metrics_table(metrics)}\nwritten to {options.out}: metrics.json, report.html, cifs/"
+
+
+def _add_generate(verbs: Verbs) -> None:
+    parser = _verb(verbs, "generate", "reconstruct, sample or interpolate crystals; writes CIF files")
+    parser.add_argument("task", choices=("reconstruct", "sample", "interpolate"), help="what to do")
+    parser.add_argument("inputs", nargs="*", help="crystals (CIF files, folders, Parquet) to reconstruct or interpolate")
+    _model_options(parser)
+    parser.add_argument("--out", type=Path, required=True, help="output folder")
+    parser.add_argument("-n", type=int, default=16, help="crystals to sample")
+    parser.add_argument("--steps", type=int, default=9, help="crystals on the way, both ends included")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples: same seed, same crystals")
+    parser.set_defaults(run=_generate)
+
+
+def _generate(options: argparse.Namespace) -> str:
+    from dist_train.commands import generate
+
+    return generate(
+        options.task, options.inputs, options.model, options.tracking_uri, options.out, options.n, options.steps,
+        options.seed,
+    )  # fmt: skip

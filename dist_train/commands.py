@@ -1,0 +1,417 @@
+"""What each verb of the command line does: the place where engines, shards, models and trackers are put together.
+
+Every function imports its engine when it is called, so that `--help` and the verbs that need none stay fast.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dist_train import __version__
+from dist_train.config import GridSpec, RunConfig, load_config
+from dist_train.errors import CheckpointError, ConfigError, CrystalError, DataError, DistTrainError, ModelError
+from dist_train.files import write_text
+from dist_train.progress import Progress
+from dist_train.shards.index import Index, verify
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dist_train.backends.mlflow_tracker import MlflowUploader
+    from dist_train.crystal.structure import Crystal
+    from dist_train.evaluate import Evaluation
+    from dist_train.models.autoencoder import CrystalAutoencoder
+    from dist_train.models.reconstruct import Codec
+    from dist_train.shards.reader import ShardReader
+    from dist_train.training.engine import Engine
+    from dist_train.training.state import TrainState
+
+STATISTICS_SAMPLES = 512
+PRIOR_SAMPLES = 20_000
+FIGURE_CRYSTALS = 4
+
+
+def voxelize(config: RunConfig) -> str:
+    """Voxelise on Ray; returns a summary."""
+    from dist_train.backends.ray_voxelize import voxelize as run
+
+    index = run(config)
+    c = index.counts
+    splits = {split: sum(len(s.samples) for s in index.shards if s.split == split) for split in config.data.splits}
+    size = sum(shard.bytes for shard in index.shards)
+    return (
+        f"{c['inputs']} inputs = {c['accepted']} accepted + {c['rejected']} rejected "
+        f"({c['rejected_parse']} unreadable, {c['rejected_grid']} that the grid can't hold, {c['rejected_plan']} doubled)\n"
+        f"{', '.join(f'{split} {n}' for split, n in splits.items())} crystals in {len(index.shards)} shards, "
+        f"{size / 2**20:.0f} MiB: {index.root}"
+    )
+
+
+def verify_shards(root: Path) -> str:
+    """Check every shard of a folder against its index. Raises DataError naming the damaged ones."""
+    index = Index.read(root)
+    faults = list(verify(index))
+    if faults:
+        listed = "\n".join(f"  {name}: {fault}" for name, fault in faults)
+        raise DataError(f"{len(faults)} of {len(index.shards)} shards of {root} are damaged:\n{listed}")
+    return f"{len(index.shards)} shards, {sum(len(s.samples) for s in index.shards)} samples: all as the index says"
+
+
+def train(config: RunConfig) -> str:
+    """Train (or resume) in this process, one rank of possibly many; returns a summary for rank 0, '' for others."""
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        index = check_training(config, ranks)
+    except DistTrainError:
+        if rank:
+            # All ranks find the same fault; rank 0 tells it, and its exit makes the launcher end this one.
+            time.sleep(10)
+        raise
+    import torch
+
+    torch.manual_seed(config.seed)
+    if config.engine.name == "deepspeed":
+        from dist_train.backends.deepspeed_engine import init_process_group
+
+        rank, ranks = init_process_group()
+    return _train_rank(config, index, rank)
+
+
+def check_training(config: RunConfig, ranks: int) -> Index:
+    """Everything that can be known to go wrong before the first step. Raises the error of the first fault found."""
+    from dist_train.shards.reader import BatchPlan
+    from dist_train.training.engine import check_batch
+
+    if config.engine.name == "torch" and ranks > 1:
+        raise ConfigError(f"engine.name 'torch' runs one process, {ranks} were started; set engine.name=deepspeed")
+    check_batch(config, ranks)
+    index = Index.read(config.data.shards)
+    grid = config.grid.model_dump(mode="json")
+    differing = [key for key, value in grid.items() if index.config["grid"][key] != value]
+    if differing:
+        told = "; ".join(f"{key} is {index.config['grid'][key]} there, {grid[key]} here" for key in differing)
+        raise ConfigError(f"the shards in {index.root} have another grid: {told}; voxelise anew or set grid.* to theirs")
+    for split in ("train", "val"):
+        index.split(split)
+    BatchPlan(len(index.samples("train")), config.train.global_batch_size, config.train.epochs, config.seed, 0, ranks)
+    kept = config.run_dir / "run.yaml"
+    if kept.exists():
+        _check_same_run(config, load_config(kept), config.run_dir)
+    return index
+
+
+def _check_same_run(config: RunConfig, before: RunConfig, run_dir: Path) -> None:
+    """A run folder is continued only with the settings that decide its numbers; where to stop or log may change."""
+    free = {"stop_after_step", "log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "max_nonfinite"}
+
+    def deciding(run: RunConfig) -> dict[str, Any]:
+        values = run.model_dump(mode="json", include={"seed", "grid", "model", "train"})
+        return {**values, "train": {k: v for k, v in values["train"].items() if k not in free}}
+
+    now, then = deciding(config), deciding(before)
+    for section, values in now.items():
+        if values != then[section]:
+            raise CheckpointError(
+                f"{run_dir} holds another run: its {section} was {then[section]}, now {values}; set run_dir to a new folder"
+            )
+
+
+def _train_rank(config: RunConfig, index: Index, rank: int) -> str:
+    from dist_train.shards.reader import ShardReader
+    from dist_train.training.checkpoint import Checkpoints
+    from dist_train.training.loop import fit
+    from dist_train.training.tracker import NoTracker, Spool
+
+    reader, val = ShardReader(index, "train"), ShardReader(index, "val")
+    engine = _engine(config, build_model(config, index, reader))
+    checkpoints = Checkpoints(config.run_dir / "checkpoints", config)
+    state = _first_state(config, index, engine, checkpoints)
+    if rank:
+        fit(config, engine, reader, val, NoTracker(), checkpoints, state)
+        engine.close()
+        return ""
+    write_text(config.run_dir / "run.yaml", config.to_yaml())
+    spool = Spool(config.run_dir / "metrics.jsonl")
+    uploader = _uploader(config, index, spool.path)
+    status = "FAILED"
+    try:
+        reached = fit(config, engine, reader, val, spool, checkpoints, state)
+        done = reached.step == len(reader) // config.train.global_batch_size * config.train.epochs
+        summary = _finish(config, index, engine, reader, val, reached) if done else f"stopped after step {reached.step}"
+        status = "FINISHED"
+    finally:
+        spool.close()
+        pictures = [path for path in (config.run_dir / "figures",) if path.is_dir()]
+        sent = uploader.close(status, pictures) if uploader else True
+    engine.close()
+    return summary + ("" if sent else f"\nMLflow could not be reached: the metrics are in {spool.path}")
+
+
+def _engine(config: RunConfig, model: CrystalAutoencoder) -> Engine:
+    if config.engine.name == "torch":
+        from dist_train.training.engine import TorchEngine
+
+        return TorchEngine(model, config)
+    from dist_train.backends.deepspeed_engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(model, config)
+
+
+def build_model(config: RunConfig, index: Index, reader: ShardReader) -> CrystalAutoencoder:
+    """A fresh model for the elements and the statistics of the training split; equal on every rank."""
+    import torch
+
+    from dist_train.models.autoencoder import CrystalAutoencoder, Statistics
+    from dist_train.shards.reader import collate
+
+    batch = collate([reader[place] for place in range(min(len(reader), STATISTICS_SAMPLES))])
+    density = batch.density_BCDHW.float()
+    log_count = batch.composition_BZ.sum(1).log()
+
+    def spread(values: Tensor) -> Tensor:
+        """Standard deviation; 1 for a number that is the same in all crystals."""
+        return torch.where(values < 1e-5, torch.ones_like(values), values)
+
+    statistics = Statistics(
+        tuple(density.mean((0, 2, 3, 4)).tolist()), tuple(spread(density.std((0, 2, 3, 4))).tolist()),
+        tuple(batch.cell_B6.mean(0).tolist()), tuple(spread(batch.cell_B6.std(0)).tolist()),
+        float(log_count.mean()), float(spread(log_count.std())),
+    )  # fmt: skip
+    torch.manual_seed(config.seed)
+    return CrystalAutoencoder(config.grid, config.model, index.elements("train"), statistics)
+
+
+def _first_state(config: RunConfig, index: Index, engine: Engine, checkpoints: Any) -> TrainState:
+    """The state of the newest checkpoint, or that of a new run. Raises CheckpointError where the data have changed."""
+    from dist_train.training.state import TrainState
+
+    digest = hashlib.sha256(json.dumps(engine.objective.model.config(), sort_keys=True).encode()).hexdigest()[:16]
+    fresh = TrainState(0, config.seed, index.digest, digest)
+    state = checkpoints.load_latest(engine)
+    if state is None:
+        return fresh
+    for name in ("seed", "data_digest", "model_digest"):
+        if getattr(state, name) != getattr(fresh, name):
+            raise CheckpointError(
+                f"the checkpoint in {checkpoints.folder} has {name} {getattr(state, name)}, this run "
+                f"{getattr(fresh, name)}; set run_dir to a new folder"
+            )
+    return state  # type: ignore[no-any-return]
+
+
+def _uploader(config: RunConfig, index: Index, spool: Path) -> MlflowUploader | None:
+    if not config.tracking.uri:
+        return None
+    from dist_train.backends.mlflow_tracker import MlflowUploader
+
+    tags = {"data_digest": index.digest, "code_version": __version__, "git_commit": _git_commit()}
+    return MlflowUploader(config, spool, tags)
+
+
+def _git_commit() -> str:
+    """The commit of the source tree, or '' outside one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _finish(
+    config: RunConfig, index: Index, engine: Engine, reader: ShardReader, val: ShardReader, state: TrainState
+) -> str:
+    """Rank 0, after the last step: the bundle with its prior, and the pictures."""
+    from dist_train.figures import loss_curves, slices
+    from dist_train.models.autoencoder import CrystalAutoencoder
+    from dist_train.models.export import write_bundle
+    from dist_train.models.reconstruct import Codec
+
+    model = CrystalAutoencoder.from_config(engine.objective.model.config())
+    model.load_state_dict(engine.weights(), strict=False)
+    codec = Codec(model)
+    _fit_prior(codec, reader)
+    about = {
+        "step": state.step,
+        "data_digest": index.digest,
+        "data_counts": index.counts,
+        "git_commit": _git_commit(),
+        "run": config.model_dump(mode="json"),
+    }
+    bundle = write_bundle(config.run_dir / "bundle", model, model.state_dict(), about)
+    crystals = [val.crystal(place) for place in range(min(FIGURE_CRYSTALS, len(val)))]
+    for name, png in (
+        ("slices.png", slices(codec, crystals)),
+        ("loss_curves.png", loss_curves(config.run_dir / "metrics.jsonl")),
+    ):
+        (config.run_dir / "figures").mkdir(exist_ok=True)
+        (config.run_dir / "figures" / name).write_bytes(png)
+    return f"{state.step} steps done, {state.skipped} skipped; model bundle: {bundle}"
+
+
+def _fit_prior(codec: Codec, reader: ShardReader) -> None:
+    """Fit the Gaussian that samples are drawn from to the latents of the training crystals."""
+    import torch
+
+    from dist_train.generate import encode
+
+    latents = encode(codec, [reader.crystal(place) for place in range(min(len(reader), PRIOR_SAMPLES))]).cpu().double()
+    centred = latents - latents.mean(0)
+    covariance = centred.T @ centred / max(len(latents) - 1, 1)
+    ridge = 1e-6 * covariance.diagonal().mean().clamp(min=1e-6) * torch.eye(len(covariance), dtype=torch.float64)
+    codec.model.prior_mean.copy_(latents.mean(0))
+    codec.model.prior_cholesky.copy_(torch.linalg.cholesky(covariance + ridge))
+
+
+def register(run_dir: Path, alias: str | None) -> str:
+    """Register the bundle of a finished run in MLflow; returns a summary."""
+    from dist_train.backends.mlflow_tracker import register as register_bundle
+    from dist_train.crystal.interop import write_cif
+    from dist_train.shards.reader import ShardReader
+
+    kept, bundle = run_dir / "run.yaml", run_dir / "bundle"
+    if not (kept.is_file() and bundle.is_dir()):
+        raise ModelError(f"{run_dir} holds no finished run (run.yaml and bundle/ are needed); finish its training first")
+    config = load_config(kept)
+    run_id = run_dir / "mlflow_run_id"
+    if not (config.tracking.uri and run_id.is_file()):
+        raise ConfigError(f"the run {run_dir} was not tracked by MLflow: set tracking.uri and train")
+    example = ShardReader(Index.read(config.data.shards), "val").crystal(0)
+    version = register_bundle(config.tracking, bundle, run_id.read_text(), alias, write_cif(example))
+    name = config.tracking.model_name
+    return f"registered {name} version {version}" + (f", alias {alias}: models:/{name}@{alias}" if alias else "")
+
+
+def load_codec(model: str, tracking_uri: str | None) -> Codec:
+    """The model of a bundle folder or of a registry entry 'models:/NAME@ALIAS', ready for use."""
+    from dist_train.models.export import read_bundle
+    from dist_train.models.reconstruct import Codec
+
+    if not model.startswith("models:/"):
+        return Codec(read_bundle(Path(model))[0])
+    if not tracking_uri:
+        raise ConfigError(f"{model} is in a registry: give --tracking-uri or set MLFLOW_TRACKING_URI")
+    from dist_train.backends.mlflow_tracker import pull
+
+    with tempfile.TemporaryDirectory() as folder:
+        return Codec(read_bundle(pull(tracking_uri, model, Path(folder)))[0])
+
+
+def read_crystals(inputs: Iterable[str], grid: GridSpec) -> list[Crystal]:
+    """The crystals of CIF folders, files and Parquet tables. Raises CrystalError for the first that can't be read."""
+    from dist_train.shards.plan import discover, read_chunk
+
+    crystals = []
+    for chunk in discover(inputs):
+        for _, file, crystal in read_chunk(chunk, grid.max_atoms):
+            if isinstance(crystal, CrystalError):
+                raise CrystalError(f"{chunk.root / file}: {crystal}")
+            crystals.append(crystal)
+    return crystals
+
+
+def evaluate(
+    model: str, tracking_uri: str | None, shards: Path, split: str, out: Path, workers: int, n_samples: int, steps: int
+) -> dict[str, Any]:
+    """Evaluate a model on a split of shards; writes metrics.json, report.html and CIF files, returns the metrics."""
+    from dist_train.evaluate import evaluate as run
+    from dist_train.shards.reader import ShardReader
+
+    codec, index = load_codec(model, tracking_uri), Index.read(shards)
+    test, training = ShardReader(index, split), ShardReader(index, "train")
+    crystals = [test.crystal(place) for place in range(len(test))]
+    candidates = [training.crystal(place) for place in range(len(training))]
+    spec = GridSpec.model_validate(index.config["grid"])
+    with Progress("evaluate", 5 * len(crystals), "comparisons") as progress:
+        result = run(codec, crystals, candidates, spec, workers, lambda stage, n: progress.update(n, stage=stage))
+    look = _look_around(codec, result, n_samples, steps)
+    metrics = _metrics(result, look)
+    _write_evaluation(out, model, split, result, look, metrics)
+    return metrics
+
+
+def _look_around(codec: Codec, result: Evaluation, n_samples: int, steps: int) -> dict[str, list[Any]]:
+    """Samples, and the way between the first two reconstructed test crystals, as lists of `Decoded`."""
+    from dist_train.generate import decode, encode, interpolate_latents, sample_latents
+
+    samples = list(decode(codec, sample_latents(codec, n_samples, seed=0), [f"sample-{i:03d}" for i in range(n_samples)]))
+    held = [c for c, d in zip(result.crystals, result.reconstructed, strict=True) if d.crystal is not None][:2]
+    frames = []
+    if steps and len(held) == 2:
+        start, stop = encode(codec, held)
+        frames = list(decode(codec, interpolate_latents(start, stop, steps), [f"step-{i:02d}" for i in range(steps)]))
+    return {"samples": samples, "interpolation": frames}
+
+
+def _metrics(result: Evaluation, look: dict[str, list[Any]]) -> dict[str, Any]:
+    from dist_train.crystal.metrics import structure_valid
+
+    systems = result.summary()
+    samples = [decoded.crystal for decoded in look["samples"] if decoded.crystal is not None]
+    return {
+        **systems["model"],
+        "match_rate_nearest_training": systems["nearest_training"]["match_rate"],
+        "match_rate_ceiling": systems["ceiling"]["match_rate"],
+        "nearest_training": systems["nearest_training"],
+        "ceiling": systems["ceiling"],
+        "by_number_of_atoms": [{"atoms": size, "crystals": n, **rates} for size, n, rates in result.by_size()],
+        "n_samples": len(look["samples"]),
+        "samples_decoded": len(samples),
+        "samples_structurally_valid": sum(map(structure_valid, samples)),
+        "samples_distinct_compositions": len({crystal.formula for crystal in samples}),
+    }
+
+
+def _write_evaluation(
+    out: Path, model: str, split: str, result: Evaluation, look: dict[str, list[Any]], metrics: dict[str, Any]
+) -> None:
+    from dist_train.crystal.interop import write_cif
+    from dist_train.evaluate_report import write_evaluation_report
+
+    shutil.rmtree(out / "cifs", ignore_errors=True)
+    groups = {"reconstructed": result.reconstructed, **look}
+    for group, decoded in groups.items():
+        folder = out / "cifs" / group
+        folder.mkdir(parents=True, exist_ok=True)
+        for item in decoded:
+            if item.crystal is not None:
+                name = "".join(c if c.isalnum() or c in "-_." else "_" for c in item.crystal.id)
+                (folder / f"{name}.cif").write_text(write_cif(item.crystal))
+    write_text(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    write_evaluation_report(out / "report.html", f"{model} on the {split} split", result, look, metrics)
+
+
+def generate(
+    task: str, inputs: Sequence[str], model: str, tracking_uri: str | None, out: Path, n: int, steps: int, seed: int
+) -> str:
+    """Reconstruct, sample or interpolate; writes CIF files, returns a summary."""
+    from dist_train.crystal.interop import write_cif
+    from dist_train.crystal.voxelize import representable
+    from dist_train.generate import decode, encode, interpolate_latents, reconstruct, sample_latents
+
+    codec = load_codec(model, tracking_uri)
+    crystals = read_crystals(inputs, codec.model.grid) if inputs else []
+    if task == "sample":
+        ids = [f"sample-{seed}-{i:05d}" for i in range(n)]
+        decoded = list(decode(codec, sample_latents(codec, n, seed), ids))
+    elif task == "interpolate":
+        if len(crystals) != 2:
+            raise DataError(f"interpolate takes two crystals, {len(crystals)} were given")
+        start, stop = encode(codec, [representable(crystal, codec.model.grid) for crystal in crystals])
+        ids = [f"step-{i:02d}" for i in range(steps)]
+        decoded = list(decode(codec, interpolate_latents(start, stop, steps), ids))
+    else:
+        decoded, ids = reconstruct(codec, crystals), [crystal.id.replace("/", "_") for crystal in crystals]
+    for id, item in zip(ids, decoded, strict=True):
+        if item.crystal is not None:
+            write_text(out / f"{id}.cif", write_cif(item.crystal))
+    failed = [f"\n  {id}: {item.reason}" for id, item in zip(ids, decoded, strict=True) if item.crystal is None]
+    return f"{len(ids) - len(failed)} of {len(ids)} crystals written to {out}" + "".join(failed)

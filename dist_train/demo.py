@@ -1,0 +1,217 @@
+"""`dist-train demo`: the main job end to end, each stage the very command that a user would type, timed and measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from dist_train.config import RunConfig, load_config
+from dist_train.errors import ConfigError, DistTrainError
+from dist_train.files import write_text
+from dist_train.tables import metrics_table
+
+ROOT = Path(__file__).parents[1]
+RANKS = 2
+MEMORY_SECONDS = 1.0
+MARKER = "demo.json"
+
+
+@dataclass
+class Stage:
+    """A finished stage: wall seconds and the largest memory of all its processes together (PSS, MiB)."""
+
+    name: str
+    seconds: float
+    peak_MiB: float
+
+
+@dataclass
+class Demo:
+    """The folder of a demo, the run files it uses and what its stages took."""
+
+    out: Path
+    port: int
+    overrides: list[str]
+    stages: list[Stage] = field(default_factory=list)
+
+    @property
+    def uri(self) -> str:
+        return f"sqlite:///{self.out}/mlflow.db"
+
+    def config(self, name: str) -> list[str]:
+        """--config and --set options of a shipped run file, with its outputs moved below `out`."""
+        moved = {
+            "families": [f"data.shards={self.out}/shards/families"],
+            "demo": [
+                f"data.shards={self.out}/shards/perov_5", f"run_dir={self.out}/train",
+                f"tracking.uri={self.uri}", *self.overrides,
+            ],
+        }[name]  # fmt: skip
+        return ["--config", str(run_file(name)), *(part for item in moved for part in ("--set", item))]
+
+    def run(self, title: str, command: list[str], where: str) -> None:
+        """Run a stage's command. Raises DistTrainError where it fails."""
+        print(f"\n=== {len(self.stages) + 1}. {title}\n    $ {_shown(command)}", flush=True)
+        began = time.perf_counter()
+        code, peak = _run_measured(command)
+        stage = Stage(title, time.perf_counter() - began, peak)
+        if code:
+            raise DistTrainError(f"stage {title!r} failed with exit code {code}; its message is above")
+        self.stages.append(stage)
+        print(f"    {stage.seconds:.0f} s, peak memory {stage.peak_MiB:.0f} MiB; output: {where}", flush=True)
+
+
+def run_file(name: str) -> Path:
+    """A run file shipped in launch/runs."""
+    return ROOT / "launch" / "runs" / f"{name}.yaml"
+
+
+def run_demo(out: Path, port: int, epochs: int | None) -> str:
+    """Run all stages; returns the closing summary. Raises ConfigError before the first stage where something is missing."""
+    for needed in (run_file("demo"), run_file("families"), ROOT / "data" / "sample"):
+        if not needed.exists():
+            raise ConfigError(f"{needed} is missing: the demo runs from a clone of the project, installed with make demo")
+    if Path.cwd() != ROOT:
+        raise ConfigError(f"the demo reads data/sample: run it in {ROOT}, not in {Path.cwd()}")
+    demo = Demo(out, port or free_port(), [f"train.epochs={epochs}"] if epochs else [])
+    _check_port(demo.port)
+    _clear(out)
+    config = load_config(run_file("demo"), tuple(demo.overrides))
+    began = time.perf_counter()
+    _stages(demo, config)
+    return _closing(demo, time.perf_counter() - began)
+
+
+def _stages(demo: Demo, config: RunConfig) -> None:
+    cli = [sys.executable, "-m", "dist_train"]
+    out = demo.out
+    launcher = [
+        str(Path(sys.executable).with_name("deepspeed")), "--quiet", "--num_accelerators", str(_ranks()),
+        "--master_port", str(demo.port), "--no_local_rank", "--module", "dist_train", "train", *demo.config("demo"),
+    ]  # fmt: skip
+    demo.run(
+        "Ray voxelises 555 CIF files and 1,250 Materials Project cells (all families, adaptive grids)",
+        [*cli, "voxelize", *demo.config("families")], f"{out}/shards/families",
+    )  # fmt: skip
+    demo.run(
+        "Ray voxelises 3,787 perovskites (Perov-5) for training",
+        [*cli, "voxelize", *demo.config("demo")], f"{out}/shards/perov_5",
+    )  # fmt: skip
+    halfway = config.train.epochs * (3400 // config.train.global_batch_size) // 2
+    demo.run(
+        f"DeepSpeed trains VAE and attention U-Net on {_ranks()} ranks, and is stopped halfway",
+        [*launcher, "--set", f"train.stop_after_step={max(halfway, 1)}"], f"{out}/train/checkpoints",
+    )  # fmt: skip
+    demo.run("the same command goes on from the checkpoint to the end", launcher, f"{out}/train")
+    demo.run(
+        "MLflow registers the model", [*cli, "register", f"{out}/train", "--alias", "champion"], f"{out}/mlflow.db"
+    )
+    evaluate = [*cli, "evaluate", "--model", "models:/crystal-autoencoder@champion", "--tracking-uri", demo.uri]
+    demo.run(
+        "a fresh process pulls the champion and reconstructs held-out perovskites, samples, interpolates",
+        [*evaluate, "--shards", f"{out}/shards/perov_5", "--out", f"{out}/results"], f"{out}/results/report.html",
+    )  # fmt: skip
+    demo.run(
+        "the same on families it was never trained on (cells its grid can't hold are misses)",
+        [*evaluate, "--shards", f"{out}/shards/families", "--out", f"{out}/results_families", "--steps", "0"],
+        f"{out}/results_families/report.html",
+    )  # fmt: skip
+
+
+def _closing(demo: Demo, seconds: float) -> str:
+    from dist_train.backends.mlflow_tracker import log_figures
+
+    metrics = json.loads((demo.out / "results" / "metrics.json").read_text())
+    families = json.loads((demo.out / "results_families" / "metrics.json").read_text())
+    stages = [{"stage": s.name, "seconds": round(s.seconds, 1), "peak_MiB": round(s.peak_MiB)} for s in demo.stages]
+    document = {**metrics, "families": families, "seconds": round(seconds, 1), "stages": stages}
+    write_text(demo.out / "metrics.json", json.dumps(document, indent=1) + "\n")
+    config = load_config(demo.out / "train" / "run.yaml")
+    figures = {f"test/{name}": float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+    report = demo.out / "results" / "report.html"
+    log_figures(config.tracking, (demo.out / "train" / "mlflow_run_id").read_text(), [report], figures)
+    return (
+        f"\n=== Perovskites (Perov-5) that the model was not trained on\n{metrics_table(metrics)}\n"
+        f"  {metrics['samples_structurally_valid']} of {metrics['n_samples']} samples are structurally valid crystals, "
+        f"of {metrics['samples_distinct_compositions']} compositions\n"
+        f"\n=== All families, never trained on\n{metrics_table(families)}\n"
+        f"\n{seconds / 60:.1f} minutes; figures: {demo.out}/metrics.json; report to open in a browser: {report}\n"
+        f"runs and models: mlflow ui --backend-store-uri {demo.uri}"
+    )
+
+
+def _ranks() -> int:
+    """One rank a GPU, two where there is none."""
+    import torch
+
+    return torch.cuda.device_count() or RANKS
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _check_port(port: int) -> None:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise ConfigError(f"port {port} for the training ranks can't be used: {error.strerror}; set --port 0") from None
+
+
+def _clear(out: Path) -> None:
+    """Remove an earlier demo; anything else in the folder is left alone and refused."""
+    if out.exists() and any(out.iterdir()) and not (out / MARKER).exists():
+        raise ConfigError(f"{out} is not empty and holds no demo; set --out to another folder")
+    shutil.rmtree(out, ignore_errors=True)
+    write_text(out / MARKER, json.dumps({"started": time.time()}) + "\n")
+
+
+def _shown(command: list[str]) -> str:
+    text = " ".join(command).replace(f"{sys.executable} -m dist_train", "dist-train")
+    return text.replace(f"{Path(sys.executable).parent}/", "").replace(f"{ROOT}/", "")
+
+
+def _run_measured(command: list[str]) -> tuple[int, float]:
+    """(exit code, peak MiB) of a command in a process group of its own, which is ended with it."""
+    cores = str(max(1, (os.cpu_count() or 1) // RANKS))
+    environment = {"OMP_NUM_THREADS": cores, **os.environ}
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    peak, done = [0.0], threading.Event()
+    watcher = threading.Thread(target=_watch_memory, args=(process.pid, peak, done), daemon=True)
+    watcher.start()
+    try:
+        return process.wait(), peak[0]
+    except BaseException:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+        raise
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _watch_memory(pid: int, peak: list[float], done: threading.Event) -> None:
+    while not done.wait(MEMORY_SECONDS):
+        total = 0.0
+        try:
+            for process in [(root := psutil.Process(pid)), *root.children(recursive=True)]:
+                total += process.memory_full_info().pss / 2**20
+        except psutil.Error:
+            continue
+        peak[0] = max(peak[0], total)
+

@@ -1,0 +1,25 @@
+"""Measurements as text for the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_ROWS = (
+    ("match rate", "match_rate", "{:.1%}"),
+    ("RMSE of matches", "rmse", "{:.4f}"),
+    ("right number of atoms", "atom_count_accuracy", "{:.1%}"),
+    ("right species (atoms)", "species_accuracy", "{:.1%}"),
+    ("position error, A", "position_error_A", "{:.4f}"),
+    ("cell edge error, A", "length_error_A", "{:.4f}"),
+)
+_COLUMNS = (("model", None), ("nearest training", "nearest_training"), ("ceiling", "ceiling"))
+
+
+def metrics_table(metrics: dict[str, Any]) -> str:
+    """The model beside the nearest training crystal and the ceiling, one metric a line."""
+    lines = [f"{metrics['n_test']} held-out crystals".ljust(26) + "".join(f"{name:>18}" for name, _ in _COLUMNS)]
+    for label, key, form in _ROWS:
+        values = [(metrics[system] if system else metrics)[key] for _, system in _COLUMNS]
+        cells = ["-" if value is None else form.format(value) for value in values]
+        lines.append(f"  {label:<24}" + "".join(f"{cell:>18}" for cell in cells))
+    return "\n".join(lines)
