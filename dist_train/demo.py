@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -19,6 +20,7 @@ import psutil
 from dist_train.config import RunConfig, load_config
 from dist_train.errors import ConfigError, DistTrainError
 from dist_train.files import write_text
+from dist_train.shards.index import Index
 from dist_train.tables import metrics_table
 
 ROOT = Path(__file__).parents[1]
@@ -108,7 +110,8 @@ def _stages(demo: Demo, config: RunConfig) -> None:
         "Ray voxelises 3,787 perovskites (Perov-5) for training",
         [*cli, "voxelize", *demo.config("demo")], f"{out}/shards/perov_5",
     )  # fmt: skip
-    halfway = config.train.epochs * (3400 // config.train.global_batch_size) // 2
+    crystals = len(Index.read(out / "shards" / "perov_5").samples("train"))
+    halfway = config.train.epochs * (crystals // config.train.global_batch_size) // 2
     demo.run(
         f"DeepSpeed trains VAE and attention U-Net on {_ranks()} ranks, and is stopped halfway",
         [*launcher, "--set", f"train.stop_after_step={max(halfway, 1)}"], f"{out}/train/checkpoints",
@@ -153,9 +156,14 @@ def _closing(demo: Demo, seconds: float) -> str:
 
 def _ranks() -> int:
     """One rank a GPU, two where there is none."""
+    return _gpus() or RANKS
+
+
+@cache
+def _gpus() -> int:
     import torch
 
-    return torch.cuda.device_count() or RANKS
+    return torch.cuda.device_count()
 
 
 def free_port() -> int:
@@ -190,6 +198,8 @@ def _run_measured(command: list[str]) -> tuple[int, float]:
     """(exit code, peak MiB) of a command in a process group of its own, which is ended with it."""
     cores = str(max(1, (os.cpu_count() or 1) // RANKS))
     environment = {"OMP_NUM_THREADS": cores, **os.environ}
+    if not _gpus():
+        environment.setdefault("DS_ACCELERATOR", "cpu")
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     peak, done = [0.0], threading.Event()
     watcher = threading.Thread(target=_watch_memory, args=(process.pid, peak, done), daemon=True)

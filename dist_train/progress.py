@@ -1,11 +1,14 @@
-"""One progress bar for every long job: tqdm on a terminal, a line every few seconds elsewhere."""
+"""One progress bar for every long job: tqdm on a terminal, a plain line every few seconds elsewhere."""
 
 from __future__ import annotations
 
 import sys
+import time
 from typing import Self
 
 from tqdm import tqdm
+
+LINE_SECONDS = 5.0
 
 
 class Progress:
@@ -15,20 +18,37 @@ class Progress:
     """
 
     def __init__(self, label: str, total: int, unit: str, initial: int = 0, shown: bool = True) -> None:
-        on_terminal = sys.stderr.isatty()
+        self._lines = shown and not sys.stderr.isatty()
         self._bar = tqdm(
-            desc=f"{label:>12}", total=total, unit=f" {unit}", initial=initial, ncols=100 if on_terminal else 90,
-            mininterval=0.2 if on_terminal else 5.0, file=sys.stderr, ascii=None if on_terminal else " #", disable=not shown,
+            desc=f"{label:>12}", total=total, unit=f" {unit}", initial=initial, dynamic_ncols=True, mininterval=0.2,
+            disable=not shown or self._lines,
         )  # fmt: skip
+        self._label, self._total, self._unit, self._done, self._initial = label, total, unit, initial, initial
+        self._figures = ""
+        self._began = self._printed = time.monotonic()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
+        if self._lines:
+            self._print()
 
     def update(self, n: int = 1, **figures: object) -> None:
         """Advance by n; figures are shown behind the bar."""
+        self._done += n
         if figures:
-            self._bar.set_postfix(figures, refresh=False)
+            self._figures = ", ".join(f"{name}={value}" for name, value in figures.items())
+            self._bar.set_postfix_str(self._figures, refresh=False)
         self._bar.update(n)
+        if self._lines and time.monotonic() - self._printed > LINE_SECONDS:
+            self._print()
+
+    def _print(self) -> None:
+        self._printed = time.monotonic()
+        line = tqdm.format_meter(
+            self._done, self._total, self._printed - self._began, prefix=f"{self._label:>12}", unit=f" {self._unit}",
+            initial=self._initial, ncols=120, ascii=" #", postfix=self._figures,
+        )  # fmt: skip
+        print(line, file=sys.stderr, flush=True)

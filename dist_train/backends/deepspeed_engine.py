@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ def init_process_group() -> tuple[int, int]:
     import deepspeed
     import deepspeed.ops
 
+    # DeepSpeed calls collectives under names that torch renames; nothing that a user could change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # Without this DeepSpeed compiles a shared-memory collective (over a minute) that gloo does as well.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)

@@ -394,7 +394,8 @@ def from_pymatgen(structure: Structure, id: str) -> Crystal:
     for site in structure:
         if not site.is_ordered:
             raise CrystalError(f"{id}: disordered, a site holds {site.species_string}")
-        symbol = str(getattr(site.specie, "element", site.specie))  # unlike `symbol`, tells D from H
+        element = getattr(site.specie, "element", site.specie)  # of an ion, or the species itself
+        symbol = str(getattr(element, "name", element))  # `symbol` says H for deuterium
         if symbol not in NUMBERS:
             raise CrystalError(f"{id}: unknown element or isotope {symbol!r}")
         numbers.append(NUMBERS[symbol])
