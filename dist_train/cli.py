@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from dist_train import __version__
 from dist_train.errors import DistTrainError
@@ -56,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-Verbs = argparse._SubParsersAction
+Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _verb(verbs: Verbs, name: str, help: str, description: str = "") -> argparse.ArgumentParser:
@@ -97,9 +98,13 @@ def _add_demo(verbs: Verbs) -> None:
         "Runs every stage on the crystals in data/sample, in about ten minutes on two cores, without server, account or "
         "GPU. Everything is written below --out.",
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="output folder; an earlier demo is replaced")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), help="output folder; an earlier demo is replaced"
+    )
     parser.add_argument("--port", type=int, default=0, help="port of the two training ranks; 0 takes a free one")
-    parser.add_argument("--epochs", type=int, help="train for fewer epochs than the run file says (a shorter, worse demo)")
+    parser.add_argument(
+        "--epochs", type=int, help="train for fewer epochs than the run file says (a shorter, worse demo)"
+    )
     parser.set_defaults(run=_demo)
 
 
@@ -147,8 +152,8 @@ def _verify(options: argparse.Namespace) -> str:
 def _add_train(verbs: Verbs) -> None:
     parser = _verb(
         verbs, "train", "train, or go on from the newest checkpoint",
-        "One process, or one rank under a launcher: deepspeed --module --no_local_rank --num_accelerators 2 dist_train train "
-        "--config RUN.yaml. A run_dir with a checkpoint is taken up where it stopped.",
+        "One process, or one rank under a launcher: deepspeed --num_accelerators 2 --no_local_rank --module dist_train "
+        "train --config RUN.yaml. A run_dir with a checkpoint is taken up where it stopped.",
     )  # fmt: skip
     _config_options(parser)
     parser.set_defaults(run=_train)
@@ -202,7 +207,9 @@ def _evaluate(options: argparse.Namespace) -> str:
 def _add_generate(verbs: Verbs) -> None:
     parser = _verb(verbs, "generate", "reconstruct, sample or interpolate crystals; writes CIF files")
     parser.add_argument("task", choices=("reconstruct", "sample", "interpolate"), help="what to do")
-    parser.add_argument("inputs", nargs="*", help="crystals (CIF files, folders, Parquet) to reconstruct or interpolate")
+    parser.add_argument(
+        "inputs", nargs="*", help="crystals (CIF files, folders, Parquet) to reconstruct or interpolate"
+    )
     _model_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="output folder")
     parser.add_argument("-n", type=int, default=16, help="crystals to sample")

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from dist_train.models.autoencoder import CrystalAutoencoder
     from dist_train.models.reconstruct import Codec
     from dist_train.shards.reader import ShardReader
+    from dist_train.training.checkpoint import Checkpoints
     from dist_train.training.engine import Engine
     from dist_train.training.state import TrainState
 
@@ -99,7 +100,9 @@ def check_training(config: RunConfig, ranks: int) -> Index:
     differing = [key for key, value in grid.items() if index.config["grid"][key] != value]
     if differing:
         told = "; ".join(f"{key} is {index.config['grid'][key]} there, {grid[key]} here" for key in differing)
-        raise ConfigError(f"the shards in {index.root} have another grid: {told}; voxelise anew or set grid.* to theirs")
+        raise ConfigError(
+            f"the shards in {index.root} have another grid: {told}; voxelise anew or set grid.* to theirs"
+        )
     for split in ("train", "val"):
         index.split(split)
     BatchPlan(len(index.samples("train")), config.train.global_batch_size, config.train.epochs, config.seed, 0, ranks)
@@ -190,22 +193,24 @@ def build_model(config: RunConfig, index: Index, reader: ShardReader) -> Crystal
     return CrystalAutoencoder(config.grid, config.model, index.elements("train"), statistics)
 
 
-def _first_state(config: RunConfig, index: Index, engine: Engine, checkpoints: Any) -> TrainState:
+def _first_state(config: RunConfig, index: Index, engine: Engine, checkpoints: Checkpoints) -> TrainState:
     """The state of the newest checkpoint, or that of a new run. Raises CheckpointError where the data have changed."""
     from dist_train.training.state import TrainState
 
     digest = hashlib.sha256(json.dumps(engine.objective.model.config(), sort_keys=True).encode()).hexdigest()[:16]
     fresh = TrainState(0, config.seed, index.digest, digest)
-    state = checkpoints.load_latest(engine)
-    if state is None:
+    found = checkpoints.newest()
+    if found is None:
         return fresh
+    folder, state = found
     for name in ("seed", "data_digest", "model_digest"):
         if getattr(state, name) != getattr(fresh, name):
             raise CheckpointError(
-                f"the checkpoint in {checkpoints.folder} has {name} {getattr(state, name)}, this run "
-                f"{getattr(fresh, name)}; set run_dir to a new folder"
+                f"checkpoint {folder} has {name} {getattr(state, name)}, this run {getattr(fresh, name)}; "
+                "set run_dir to a new folder"
             )
-    return state  # type: ignore[no-any-return]
+    engine.load(folder / "engine")
+    return state
 
 
 def _uploader(config: RunConfig, index: Index, spool: Path) -> MlflowUploader | None:
@@ -274,12 +279,14 @@ def _fit_prior(codec: Codec, reader: ShardReader) -> None:
 def register(run_dir: Path, alias: str | None) -> str:
     """Register the bundle of a finished run in MLflow; returns a summary."""
     from dist_train.backends.mlflow_tracker import register as register_bundle
-    from dist_train.crystal.interop import write_cif
+    from dist_train.crystal.cif import write_cif
     from dist_train.shards.reader import ShardReader
 
     kept, bundle = run_dir / "run.yaml", run_dir / "bundle"
     if not (kept.is_file() and bundle.is_dir()):
-        raise ModelError(f"{run_dir} holds no finished run (run.yaml and bundle/ are needed); finish its training first")
+        raise ModelError(
+            f"{run_dir} holds no finished run (run.yaml and bundle/ are needed); finish its training first"
+        )
     config = load_config(kept)
     run_id = run_dir / "mlflow_run_id"
     if not (config.tracking.uri and run_id.is_file()):
@@ -342,7 +349,9 @@ def _look_around(codec: Codec, result: Evaluation, n_samples: int, steps: int) -
     """Samples, and the way between the first two reconstructed test crystals, as lists of `Decoded`."""
     from dist_train.generate import decode, encode, interpolate_latents, sample_latents
 
-    samples = list(decode(codec, sample_latents(codec, n_samples, seed=0), [f"sample-{i:03d}" for i in range(n_samples)]))
+    samples = list(
+        decode(codec, sample_latents(codec, n_samples, seed=0), [f"sample-{i:03d}" for i in range(n_samples)])
+    )
     held = [c for c, d in zip(result.crystals, result.reconstructed, strict=True) if d.crystal is not None][:2]
     frames = []
     if steps and len(held) == 2:
@@ -373,7 +382,7 @@ def _metrics(result: Evaluation, look: dict[str, list[Any]]) -> dict[str, Any]:
 def _write_evaluation(
     out: Path, model: str, split: str, result: Evaluation, look: dict[str, list[Any]], metrics: dict[str, Any]
 ) -> None:
-    from dist_train.crystal.interop import write_cif
+    from dist_train.crystal.cif import write_cif
     from dist_train.evaluate_report import write_evaluation_report
 
     shutil.rmtree(out / "cifs", ignore_errors=True)
@@ -393,7 +402,7 @@ def generate(
     task: str, inputs: Sequence[str], model: str, tracking_uri: str | None, out: Path, n: int, steps: int, seed: int
 ) -> str:
     """Reconstruct, sample or interpolate; writes CIF files, returns a summary."""
-    from dist_train.crystal.interop import write_cif
+    from dist_train.crystal.cif import write_cif
     from dist_train.crystal.voxelize import representable
     from dist_train.generate import decode, encode, interpolate_latents, reconstruct, sample_latents
 

@@ -197,7 +197,7 @@ class RunConfig(Section):
 
     def to_yaml(self) -> str:
         """The resolved config as YAML that `load_config` reads back."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
 
 
 def load_config(path: Path | None = None, overrides: tuple[str, ...] = ()) -> RunConfig:
@@ -220,7 +220,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise ConfigError(f"config {path} can't be read: {error.strerror}; give --config an existing YAML file") from None
+        raise ConfigError(
+            f"config {path} can't be read: {error.strerror}; give --config an existing YAML file"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path} is not valid YAML: {error}") from None
     if not isinstance(values or {}, dict):

@@ -83,7 +83,9 @@ def run_demo(out: Path, port: int, epochs: int | None) -> str:
     """Run all stages; returns the closing summary. Raises ConfigError before the first stage where something is missing."""
     for needed in (run_file("demo"), run_file("families"), ROOT / "data" / "sample"):
         if not needed.exists():
-            raise ConfigError(f"{needed} is missing: the demo runs from a clone of the project, installed with make demo")
+            raise ConfigError(
+                f"{needed} is missing: the demo runs from a clone of the project, installed with make demo"
+            )
     if Path.cwd() != ROOT:
         raise ConfigError(f"the demo reads data/sample: run it in {ROOT}, not in {Path.cwd()}")
     demo = Demo(out, port or free_port(), [f"train.epochs={epochs}"] if epochs else [])
@@ -178,7 +180,9 @@ def _check_port(port: int) -> None:
         try:
             probe.bind(("", port))
         except OSError as error:
-            raise ConfigError(f"port {port} for the training ranks can't be used: {error.strerror}; set --port 0") from None
+            raise ConfigError(
+                f"port {port} for the training ranks can't be used: {error.strerror}; set --port 0"
+            ) from None
 
 
 def _clear(out: Path) -> None:
@@ -224,4 +228,3 @@ def _watch_memory(pid: int, peak: list[float], done: threading.Event) -> None:
         except psutil.Error:
             continue
         peak[0] = max(peak[0], total)
-

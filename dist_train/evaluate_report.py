@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from dist_train.crystal.cif import write_cif
 from dist_train.crystal.decode import Decoded
-from dist_train.crystal.interop import write_cif
 from dist_train.evaluate import Evaluation
 from dist_train.report import Pair, Table, write_report
 

@@ -30,8 +30,7 @@ def slices(codec: Codec, crystals: Sequence[Crystal]) -> bytes:
     columns = ("true density", "reconstructed density", "true species", "reconstructed species")
     figure = Figure(figsize=(10, 2.5 * len(crystals) + 0.3), layout="constrained")
     axes = figure.subplots(len(crystals), 4, squeeze=False)
-    species_colours = matplotlib.colormaps["nipy_spectral"].copy()
-    species_colours.set_under("white")
+    species_colours = matplotlib.colormaps["nipy_spectral"].with_extremes(under="white")
     for row, crystal in enumerate(crystals):
         grid = voxelize(crystal, codec.model.grid)
         depth = grid.species_DHW.shape[2]

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dist_train.crystal.cif import parse_cif, write_cif
 from dist_train.crystal.decode import Decoded
-from dist_train.crystal.interop import parse_cif, write_cif
 from dist_train.crystal.structure import Crystal
 from dist_train.crystal.voxelize import representable
 from dist_train.errors import CrystalError

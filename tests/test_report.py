@@ -140,11 +140,22 @@ def test_a_failed_write_keeps_the_old_report(report: Path, monkeypatch: pytest.M
 
 
 # Headless, drawing in software, without its own traffic; timers run in virtual time before the page is returned.
-FLAGS = """
-    --headless --no-sandbox --disable-gpu --use-gl=angle --use-angle=swiftshader --enable-unsafe-swiftshader
-    --disable-background-networking --disable-component-update --disable-sync --no-first-run --hide-scrollbars
-    --window-size=850,1000 --virtual-time-budget=1000 --dump-dom
-""".split()
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--use-gl=angle",
+    "--use-angle=swiftshader",
+    "--enable-unsafe-swiftshader",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--hide-scrollbars",
+    "--window-size=850,1000",
+    "--virtual-time-budget=1000",
+    "--dump-dom",
+]
 # What a browser is told before and after the page's own scripts; results come back as attributes of <html>.
 RECORD_ERRORS = """<script>{
   const note = (text) => { document.documentElement.dataset.errors += text + "; "; };

@@ -79,12 +79,12 @@ def _fingerprint(chunks: Iterable[Chunk]) -> list[tuple[str, int]]:
 def _existing(root: Path, digest: str) -> Index | None:
     """The finished index, where the folder holds just what is asked for; None where it is free."""
     if not (root / INDEX_NAME).exists():
-        if root.is_dir() and (strangers := sorted(p.name for p in root.iterdir() if p.name != WORK_NAME)):
-            if not (root / WORK_NAME).is_dir():
-                raise ShardError(
-                    f"output folder {root} is not empty ({len(strangers)} entries, such as {strangers[0]}) and holds no "
-                    "shards; set data.shards to a new folder"
-                )
+        strangers = sorted(entry.name for entry in root.iterdir()) if root.is_dir() else []
+        if strangers and WORK_NAME not in strangers:
+            raise ShardError(
+                f"output folder {root} is not empty ({len(strangers)} entries, such as {strangers[0]}) and holds no "
+                "shards; set data.shards to a new folder"
+            )
         return None
     index = Index.read(root)
     if index.config_hash != digest:
@@ -104,7 +104,9 @@ def _open_work(root: Path, digest: str) -> Path:
         raise ShardError(f"output folder {root} can't be made: {error.strerror}") from None
     marker = work / "config_hash"
     if marker.exists() and marker.read_text() != digest:
-        raise ShardError(f"output folder {root} holds an unfinished job of another config; remove it or set data.shards")
+        raise ShardError(
+            f"output folder {root} holds an unfinished job of another config; remove it or set data.shards"
+        )
     write_text(marker, digest)
     return work
 
@@ -164,7 +166,9 @@ class _ray:
 
         ray.shutdown()
 
-    def map(self, label: str, function: Callable[..., Any], arguments: list[tuple[Any, ...]], sizes: list[int]) -> list[Any]:
+    def map(
+        self, label: str, function: Callable[..., Any], arguments: list[tuple[Any, ...]], sizes: list[int]
+    ) -> list[Any]:
         """function(*a) for every a as Ray tasks, in order; a bounded number is in flight; progress in crystals."""
         import ray
 
@@ -185,4 +189,3 @@ class _ray:
                 except ray.exceptions.RayTaskError as error:
                     raise (error.cause if isinstance(error.cause, DistTrainError) else error) from None
                 progress.update(sizes[place])
-

@@ -56,7 +56,9 @@ def decode(
     Fields that hold no crystal (nothing found, not finite, absurdly many atoms) give an empty result with the reason.
     """
     nothing = np.zeros(0)
-    if not (np.isfinite(occupancy_DHW).all() and np.isfinite(atom_probability_DHW).all() and np.isfinite(lattice_A).all()):
+    if not (
+        np.isfinite(occupancy_DHW).all() and np.isfinite(atom_probability_DHW).all() and np.isfinite(lattice_A).all()
+    ):
         return Decoded(None, nothing, "field or lattice is not finite")
     spacings = plane_spacings(lattice_A)
     shape = np.array(species_DHW.shape)
@@ -85,13 +87,11 @@ def decode_ideal(crystal: Crystal, spec: GridSpec) -> Decoded:
     return decode(crystal.id, occupancy.density_CDHW[0], occupancy.species_DHW, labelled, crystal.lattice_A, spec)
 
 
-def _ball(
-    lattice_A: FloatArray, shape: NDArray[np.int64], spacings: FloatArray, radius: float
-) -> NDArray[np.int64]:
+def _ball(lattice_A: FloatArray, shape: NDArray[np.int64], spacings: FloatArray, radius: float) -> NDArray[np.int64]:
     """[M, 3] voxel offsets within `radius` angstrom."""
     reach = np.floor(radius / spacings * shape).astype(int)
     offsets = np.stack(np.meshgrid(*[np.arange(-n, n + 1) for n in reach], indexing="ij"), -1).reshape(-1, 3)
-    return offsets[np.linalg.norm(offsets / shape @ lattice_A, axis=1) <= radius]
+    return np.asarray(offsets[np.linalg.norm(offsets / shape @ lattice_A, axis=1) <= radius])
 
 
 @njit(cache=True, nogil=True)

@@ -14,8 +14,8 @@ from multiprocessing import get_context
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from dist_train.crystal.interop import compact_lattice, match_rms, too_thin
-from dist_train.crystal.lattice import FloatArray, periodic_distances
+from dist_train.crystal.interop import match_rms
+from dist_train.crystal.lattice import FloatArray, compact_lattice, periodic_distances, too_thin
 from dist_train.crystal.structure import Crystal
 from dist_train.errors import CrystalError
 

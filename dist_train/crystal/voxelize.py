@@ -43,7 +43,7 @@ def code_table(spec: GridSpec) -> NDArray[np.float32]:
 
 def n_channels(spec: GridSpec) -> int:
     """Density channels of a spec."""
-    return code_table(spec).shape[1]
+    return int(code_table(spec).shape[1])
 
 
 def grid_shape(lattice_A: NDArray[np.float64], spec: GridSpec) -> tuple[int, int, int]:
@@ -77,7 +77,9 @@ def representable(crystal: Crystal, spec: GridSpec) -> Crystal:
         raise CrystalError(f"{crystal.id}: {error}") from None
     shortest = shortest_distance(crystal.lattice_A, crystal.frac_N3)
     if shortest < spec.min_distance_A:
-        raise CrystalError(f"{crystal.id}: two atoms {shortest:.3f} A apart, at least {spec.min_distance_A} A is needed")
+        raise CrystalError(
+            f"{crystal.id}: two atoms {shortest:.3f} A apart, at least {spec.min_distance_A} A is needed"
+        )
     return crystal
 
 

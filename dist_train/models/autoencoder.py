@@ -103,7 +103,9 @@ class CrystalAutoencoder(nn.Module):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> CrystalAutoencoder:
         """Inverse of `config`, with fresh weights."""
-        statistics = {k: tuple(v) if isinstance(v, list) else v for k, v in config["statistics"].items()}
+        statistics: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in config["statistics"].items()
+        }
         return cls(
             GridSpec.model_validate(config["grid"]),
             ModelConfig.model_validate(config["model"]),
@@ -129,7 +131,10 @@ class Standardiser:
         self.dtype = dtype
         self.channel_mean = torch.tensor(s.channel_mean, device=device).reshape(1, -1, 1, 1, 1)
         self.channel_std = torch.tensor(s.channel_std, device=device).reshape(1, -1, 1, 1, 1)
-        self.cell_mean, self.cell_std = torch.tensor(s.cell_mean, device=device), torch.tensor(s.cell_std, device=device)
+        self.cell_mean, self.cell_std = (
+            torch.tensor(s.cell_mean, device=device),
+            torch.tensor(s.cell_std, device=device),
+        )
         self.count_mean, self.count_std = s.count_mean, s.count_std
         self.elements = torch.tensor(model.elements, device=device)
         self.class_of_z = torch.zeros(MAX_Z + 1, dtype=torch.int64, device=device)

@@ -63,7 +63,7 @@ def _check_sums(folder: Path) -> None:
         lines = (folder / SUMS_NAME).read_text().splitlines()
     except OSError:
         raise ModelError(f"{folder} is no model bundle: it has no {SUMS_NAME}") from None
-    named = dict(reversed(line.split("  ", 1)) for line in lines)
+    named = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         path = folder / name
         if not path.is_file() or named.get(name) != sha256(path):

@@ -70,6 +70,4 @@ class Decoder(nn.Module):
     def forward(self, latent: Tensor) -> Decoding:
         coarse = self.expand(latent).reshape(len(latent), *self.coarse)
         numbers = self.heads(latent)
-        return Decoding(
-            self.out(self.up(coarse)), numbers[:, :N_CELL], numbers[:, N_CELL], self.composition(latent)
-        )
+        return Decoding(self.out(self.up(coarse)), numbers[:, :N_CELL], numbers[:, N_CELL], self.composition(latent))

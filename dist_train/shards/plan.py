@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from dist_train.config import DataConfig, GridSpec
-from dist_train.crystal import interop
+from dist_train.crystal import cif, interop
 from dist_train.crystal.structure import Crystal
 from dist_train.crystal.voxelize import representable
 from dist_train.errors import CrystalError, DataError
@@ -85,7 +85,9 @@ def discover(inputs: Iterable[str]) -> list[Chunk]:
     for given in inputs:
         found = list(_chunks_of(Path(given)))
         if not found:
-            raise DataError(f"no crystals found in {given}: expected *.cif or *.cif.gz files in it, or a *.parquet table")
+            raise DataError(
+                f"no crystals found in {given}: expected *.cif or *.cif.gz files in it, or a *.parquet table"
+            )
         chunks += found
     if not chunks:
         raise DataError("data.inputs is empty: name at least one folder of CIF files or Parquet table")
@@ -105,7 +107,9 @@ def _chunks_of(path: Path) -> Iterator[Chunk]:
             raise DataError(f"input {path} is neither a folder, a CIF file nor a Parquet table; check data.inputs")
         files = sorted(str(p.relative_to(path)) for p in _walk(path) if p.name.endswith(CIF_SUFFIXES))
     except PermissionError as error:
-        raise DataError(f"input folder {error.filename} can't be read: {error.strerror}; check its permissions") from None
+        raise DataError(
+            f"input folder {error.filename} can't be read: {error.strerror}; check its permissions"
+        ) from None
     for start in range(0, len(files), CIFS_PER_CHUNK):
         yield Chunk(path, tuple(files[start : start + CIFS_PER_CHUNK]))
 
@@ -155,7 +159,7 @@ def read_chunk(chunk: Chunk, max_atoms: int) -> Iterator[tuple[str, str, Crystal
         id = file.removesuffix(".gz").removesuffix(".cif")
         try:
             # The id keeps the folders below the input, so that equal names in two of them stay apart.
-            yield id, file, replace(interop.read_cif(chunk.root / file, max_atoms), id=id)
+            yield id, file, cif.read_cif(chunk.root / file, max_atoms, id)
         except CrystalError as error:
             yield id, file, error
 

@@ -138,9 +138,7 @@ class BatchPlan:
         return order[start : start + share]
 
 
-def train_batches(
-    reader: ShardReader, plan: BatchPlan, start: int, stop: int
-) -> Iterator[tuple[int, CrystalBatch]]:
+def train_batches(reader: ShardReader, plan: BatchPlan, start: int, stop: int) -> Iterator[tuple[int, CrystalBatch]]:
     """(step, batch) for the steps [start, stop); a thread reads two batches ahead.
 
     An error of the thread is raised here; leaving the iterator early stops the thread.

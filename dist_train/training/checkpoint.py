@@ -64,16 +64,15 @@ class Checkpoints:
         """Folders with a marker, oldest first."""
         return sorted(path.parent for path in self.folder.glob(f"step_*/{_MARKER}"))
 
-    def load_latest(self, engine: Engine) -> TrainState | None:
-        """Restore the newest whole checkpoint; None where there is none. Called by all ranks.
+    def newest(self) -> tuple[Path, TrainState] | None:
+        """The newest whole checkpoint and its state (its engine's part is in `engine/`); None where there is none.
 
         Raises CheckpointError where committed checkpoints exist but none is whole.
         """
         damaged: list[str] = []
         for folder in reversed(self.committed()):
             if (fault := find_fault(folder)) is None:
-                engine.load(folder / "engine")
-                return TrainState.from_json((folder / "state.json").read_text())
+                return folder, TrainState.from_json((folder / "state.json").read_text())
             damaged.append(f"{folder}: {fault}")
         if damaged:
             raise CheckpointError("no whole checkpoint is left: " + "; ".join(damaged) + "; start a new run_dir")

@@ -135,7 +135,7 @@ class TorchEngine:
         if applied:
             self.optimizer.step()
             self.average.update()
-        return StepResult(float(loss), {k: float(v) for k, v in parts.items()}, norm, applied)
+        return StepResult(loss.item(), {k: float(v) for k, v in parts.items()}, norm, applied)
 
     def total(self, values: list[float]) -> list[float]:
         return values

@@ -146,7 +146,5 @@ def _validate_batch(
     model, size = codec.model, len(batch.composition_BZ)
     assert isinstance(model.grid.shape, int)
     noise = step_noise(config.seed, start, size, 0, 1, model.model.latent, model.grid.shape, 1.0, engine.device)
-    loss, parts = engine.objective(
-        batch.to(engine.device), Noise(torch.zeros_like(noise.latent_BL), noise.voxels_bDHW)
-    )
+    loss, parts = engine.objective(batch.to(engine.device), Noise(torch.zeros_like(noise.latent_BL), noise.voxels_bDHW))
     return {"loss": float(loss), **{name: float(value) for name, value in parts.items()}}

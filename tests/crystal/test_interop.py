@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dist_train.crystal import cif as cif_io
 from dist_train.crystal import interop
 from dist_train.crystal.elements import NUMBERS
-from dist_train.crystal.lattice import periodic_distances
+from dist_train.crystal.lattice import compact_lattice, periodic_distances
 from dist_train.crystal.structure import Crystal
 from dist_train.errors import CrystalError, DataError
 
@@ -47,7 +48,7 @@ def operations(*listed: str) -> str:
 
 
 def parse(text: str) -> Crystal:
-    return interop.parse_cif(text, "x", MAX_ATOMS)
+    return cif_io.parse_cif(text, "x", MAX_ATOMS)
 
 
 def crystal_of(edge_A: float, frac: list[list[float]], numbers: list[int]) -> Crystal:
@@ -69,7 +70,7 @@ def readable(family: str) -> list[Path]:
 
 def is_read(path: Path) -> bool:
     try:
-        return bool(interop.read_cif(path, MAX_ATOMS))
+        return bool(cif_io.read_cif(path, MAX_ATOMS))
     except CrystalError:
         return False
 
@@ -78,7 +79,7 @@ def assert_same_atoms(crystal: Crystal, other: Crystal, tolerance_A: float) -> N
     """Each atom of one lies on an atom of the same element of the other; one to one, periodic, in any order."""
     assert crystal.composition == other.composition
     np.testing.assert_allclose(crystal.lengths_angles, other.lengths_angles, atol=1e-6)
-    lattice = interop.compact_lattice(crystal.lattice_A)
+    lattice = compact_lattice(crystal.lattice_A)
     change = crystal.lattice_A @ np.linalg.inv(lattice)
     distances = periodic_distances(lattice, crystal.frac_N3 @ change, other.frac_N3 @ change)
     partner = distances.argmin(axis=1)
@@ -153,9 +154,9 @@ def test_low_precision_coordinates_give_no_doubled_sites() -> None:
     [("HO1", "'H2 O'", "H"), ("OW", "'H2 O'", "O"), ("CO1", "'C O2'", "C"), ("CO1", "Co", "Co"), ("AlT", "?", "Al")],
 )
 def test_label_is_read_with_the_formula(label: str, formula: str, element: str) -> None:
-    block = interop._blocks(cif(f"{label} 0 0 0", columns=LABELLED, before=f"_chemical_formula_sum {formula}"))[0]
+    block = cif_io._blocks(cif(f"{label} 0 0 0", columns=LABELLED, before=f"_chemical_formula_sum {formula}"))[0]
     block = {name: ([] if formula == "?" and "formula" in name else values) for name, values in block.items()}
-    assert interop._symbols(block, 1, "x") == [element]
+    assert cif_io._symbols(block, 1, "x") == [element]
 
 
 # Refusals
@@ -237,7 +238,7 @@ def test_refused_with_the_reason(case: str) -> None:
 @pytest.mark.parametrize("path", BROKEN, ids=lambda path: path.stem)
 def test_broken_files_are_refused(path: Path) -> None:
     with pytest.raises(CrystalError, match=path.stem):
-        interop.read_cif(path, MAX_ATOMS)
+        cif_io.read_cif(path, MAX_ATOMS)
 
 
 def test_damaged_text_never_raises_anything_else() -> None:
@@ -273,23 +274,23 @@ def test_id_is_the_name_without_its_ending(tmp_path: Path) -> None:
     """Only the ending goes: no `strip`, which would eat the letters of 'fic.cif' too."""
     for name, id in [("fic.cif", "fic"), ("cif.cif", "cif"), ("mp-1.2.cif", "mp-1.2")]:
         (tmp_path / name).write_text(cif(*CSCL))
-        assert interop.read_cif(tmp_path / name, MAX_ATOMS).id == id
-    assert interop.read_cif(tmp_path / "fic.cif", MAX_ATOMS, id="a/fic").id == "a/fic"
+        assert cif_io.read_cif(tmp_path / name, MAX_ATOMS).id == id
+    assert cif_io.read_cif(tmp_path / "fic.cif", MAX_ATOMS, id="a/fic").id == "a/fic"
     (tmp_path / "fic.cif.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + cif(*CSCL).encode()))
-    assert interop.read_cif(tmp_path / "fic.cif.gz", MAX_ATOMS).id == "fic"
+    assert cif_io.read_cif(tmp_path / "fic.cif.gz", MAX_ATOMS).id == "fic"
 
 
 def test_gzip_bomb_is_not_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interop, "MAX_FILE_BYTES", 10_000)
+    monkeypatch.setattr(cif_io, "MAX_FILE_BYTES", 10_000)
     bomb = tmp_path / "bomb.cif.gz"
     bomb.write_bytes(gzip.compress(b" " * 5_000_000))
     assert bomb.stat().st_size < 10_000
     with pytest.raises(CrystalError, match="over 10000 bytes"):
-        interop.read_cif(bomb, MAX_ATOMS)
+        cif_io.read_cif(bomb, MAX_ATOMS)
     plain = tmp_path / "large.cif"
     plain.write_bytes(b" " * 10_001)
     with pytest.raises(CrystalError, match="file of 10001 bytes, at most 10000"):
-        interop.read_cif(plain, MAX_ATOMS)
+        cif_io.read_cif(plain, MAX_ATOMS)
 
 
 def test_unreadable_files_are_refused(tmp_path: Path) -> None:
@@ -307,7 +308,7 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "folder.cif").mkdir()
     for name in [*contents, "folder.cif", "missing.cif"]:
         with pytest.raises(CrystalError, match=name.split(".")[0]):
-            interop.read_cif(tmp_path / name, MAX_ATOMS)
+            cif_io.read_cif(tmp_path / name, MAX_ATOMS)
 
 
 # Real crystals
@@ -329,7 +330,7 @@ def test_reads_what_pymatgen_reads(family: str) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             structure = CifParser(path).parse_structures(primitive=False)[0]
-        crystal = interop.read_cif(path, MAX_ATOMS)
+        crystal = cif_io.read_cif(path, MAX_ATOMS)
         assert_same_atoms(crystal, interop.from_pymatgen(structure, path.stem), 5e-3)
 
 
@@ -337,20 +338,20 @@ def test_reads_what_pymatgen_reads(family: str) -> None:
 def test_written_cif_is_read_back(family: str) -> None:
     """Same atoms in the same order, to the 8 decimals written; writing again gives the same bytes."""
     for path in readable(family)[:12]:
-        crystal = interop.read_cif(path, MAX_ATOMS)
-        text = interop.write_cif(crystal)
-        again = interop.parse_cif(text, crystal.id, MAX_ATOMS)
+        crystal = cif_io.read_cif(path, MAX_ATOMS)
+        text = cif_io.write_cif(crystal)
+        again = cif_io.parse_cif(text, crystal.id, MAX_ATOMS)
         assert again.numbers_N.tolist() == crystal.numbers_N.tolist()
         np.testing.assert_allclose(again.lengths_angles, crystal.lengths_angles, atol=1e-8)
         difference = again.frac_N3 - crystal.frac_N3
         np.testing.assert_allclose(difference, np.round(difference), atol=1.1e-8)
-        assert interop.write_cif(again) == text
+        assert cif_io.write_cif(again) == text
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_written_cif_is_read_by_pymatgen_and_gemmi(seed: int) -> None:
     crystal = replace(random_crystal(seed), id="a b/c'ä" * 20)
-    text = interop.write_cif(crystal)
+    text = cif_io.write_cif(crystal)
     from pymatgen.core.structure import Structure
 
     with warnings.catch_warnings():
@@ -369,7 +370,7 @@ def test_written_cif_keeps_the_hand() -> None:
     right = right if np.linalg.det(right.lattice_A) > 0 else replace(right, lattice_A=-right.lattice_A)
     swap = [1, 0, 2]
     left = Crystal(right.id, right.lattice_A[swap], right.frac_N3[:, swap], right.numbers_N)
-    again = interop.parse_cif(interop.write_cif(left), "x", MAX_ATOMS)
+    again = cif_io.parse_cif(cif_io.write_cif(left), "x", MAX_ATOMS)
     volumes = [np.linalg.det(c.cart_N3[1:4] - c.cart_N3[0]) for c in (left, images_of(again, left))]
     assert volumes[0] == pytest.approx(volumes[1], rel=1e-5)
 
@@ -382,7 +383,7 @@ def images_of(crystal: Crystal, like: Crystal) -> Crystal:
 
 def test_written_bytes() -> None:
     crystal = crystal_of(4.0, [[0, 0, -1e-12], [0.5, 0.5, 0.999999999], [0.25, 0, 0]], [56, 8, 8])
-    assert interop.write_cif(crystal).splitlines() == [
+    assert cif_io.write_cif(crystal).splitlines() == [
         "data_a_cube",
         "_symmetry_space_group_name_H-M 'P 1'",
         "_symmetry_Int_Tables_number 1",
@@ -556,9 +557,9 @@ def test_perovskites_of_the_sample() -> None:
 def test_tables_and_p1_files_are_read_without_pymatgen() -> None:
     """Its import takes seconds, which no worker that reads such inputs should pay."""
     code = (
-        "import sys, pathlib; from dist_train.crystal import interop;"
+        "import sys, pathlib; from dist_train.crystal import interop; from dist_train.crystal import cif as cif_io;"
         f"list(interop.read_parquet_rows(pathlib.Path({str(SAMPLE / 'perov_5.parquet')!r}), 0, 3));"
-        f"interop.read_cif(pathlib.Path({str(readable('perov_5')[0])!r}), 1000);"
+        f"cif_io.read_cif(pathlib.Path({str(readable('perov_5')[0])!r}), 1000);"
         "sys.exit('pymatgen' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2], timeout=120)

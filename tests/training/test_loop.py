@@ -1,0 +1,184 @@
+"""The train loop on the plain engine: exact resuming, checkpoints that survive damage, skipped steps, metrics."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_run import small_config, write_small_shards
+
+from dist_train import commands
+from dist_train.errors import CheckpointError, ConfigError, DistTrainError
+from dist_train.shards.index import Index
+from dist_train.shards.reader import ShardReader
+from dist_train.training.checkpoint import Checkpoints, find_fault
+from dist_train.training.engine import TorchEngine
+from dist_train.training.loop import fit
+from dist_train.training.state import TrainState, learning_rate
+from dist_train.training.tracker import NoTracker, Spool, read_spool
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    write_small_shards(folder)
+    return folder
+
+
+def settings(shards: Path, run: Path, *overrides: str):  # type: ignore[no-untyped-def]
+    return small_config(shards, f"run_dir={run}", *overrides)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "bundle" / "model.safetensors")
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {
+        r["step"]: r["metrics"]["train/loss"] for r in read_spool(run / "metrics.jsonl") if "train/loss" in r["metrics"]
+    }
+
+
+def test_resumed_run_equals_uninterrupted_one_bit_for_bit(shards: Path, tmp_path: Path) -> None:
+    commands.train(settings(shards, tmp_path / "whole"))
+    for stop in (3, 4, 7):
+        assert "stopped" in commands.train(settings(shards, tmp_path / "cut", f"train.stop_after_step={stop}"))
+    commands.train(settings(shards, tmp_path / "cut"))
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+    assert len(losses(tmp_path / "whole")) == 12
+
+
+def test_training_lowers_the_loss(shards: Path, tmp_path: Path) -> None:
+    commands.train(settings(shards, tmp_path, "train.epochs=20", "train.learning_rate=5e-3"))
+    found = losses(tmp_path)
+    first, last = (sum(found[s] for s in steps) / 4 for steps in (range(1, 5), range(len(found) - 3, len(found) + 1)))
+    assert last < 0.8 * first
+
+
+def test_finished_run_can_be_started_again_and_changes_nothing(shards: Path, tmp_path: Path) -> None:
+    config = settings(shards, tmp_path)
+    commands.train(config)
+    before = weights(tmp_path)
+    commands.train(config)
+    assert all(torch.equal(before[name], value) for name, value in weights(tmp_path).items())
+
+
+@pytest.mark.parametrize("damage", ["altered", "missing", "manifest", "uncommitted"])
+def test_damaged_checkpoint_is_passed_over_for_the_one_before(shards: Path, tmp_path: Path, damage: str) -> None:
+    commands.train(settings(shards, tmp_path, "train.stop_after_step=8"))
+    checkpoints = Checkpoints(tmp_path / "checkpoints", settings(shards, tmp_path))
+    *_, before, newest = checkpoints.committed()
+    target = newest / "engine" / "state.pt"
+    if damage == "altered":
+        data = bytearray(target.read_bytes())
+        data[len(data) // 2] ^= 1
+        target.write_bytes(data)
+    elif damage == "missing":
+        target.unlink()
+    elif damage == "manifest":
+        (newest / "manifest.json").write_text("{}")
+    else:
+        (newest / "COMPLETE").unlink()
+    found = checkpoints.newest()
+    assert found is not None
+    folder, state = found
+    assert folder == before
+    assert state.step == 4
+    assert find_fault(before) is None
+
+
+def test_no_whole_checkpoint_is_an_error_that_names_all(shards: Path, tmp_path: Path) -> None:
+    commands.train(settings(shards, tmp_path, "train.stop_after_step=8"))
+    checkpoints = Checkpoints(tmp_path / "checkpoints", settings(shards, tmp_path))
+    for folder in checkpoints.committed():
+        (folder / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"step_00000008: state\.json was altered.*step_00000004"):
+        checkpoints.newest()
+
+
+def test_old_checkpoints_are_removed_and_latest_points_at_the_newest(shards: Path, tmp_path: Path) -> None:
+    commands.train(settings(shards, tmp_path, "train.checkpoint_every=2"))
+    names = [folder.name for folder in (tmp_path / "checkpoints").glob("step_*")]
+    assert sorted(names) == ["step_00000010", "step_00000012"]
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000012"
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+class BrokenEngine(TorchEngine):
+    """An engine on a machine where the first steps overflow."""
+
+    bad_steps = 0
+
+    def step(self, batch, noise, learning_rate):  # type: ignore[no-untyped-def]
+        if self.bad_steps:
+            type(self).bad_steps -= 1
+            batch = batch._replace(density_BCDHW=batch.density_BCDHW * float("nan"))
+        return super().step(batch, noise, learning_rate)
+
+
+def broken_run(shards: Path, run: Path, bad_steps: int) -> TrainState:
+    config = settings(shards, run, "train.max_nonfinite=3")
+    index = Index.read(config.data.shards)
+    train, val = ShardReader(index, "train"), ShardReader(index, "val")
+    engine = BrokenEngine(commands.build_model(config, index, train), config)
+    BrokenEngine.bad_steps = bad_steps
+    state = TrainState(0, config.seed, index.digest, "")
+    return fit(config, engine, train, val, NoTracker(), Checkpoints(run / "checkpoints", config), state)
+
+
+def test_steps_without_a_finite_gradient_are_skipped_and_counted(shards: Path, tmp_path: Path) -> None:
+    state = broken_run(shards, tmp_path, bad_steps=2)
+    assert (state.step, state.skipped) == (12, 2)
+
+
+def test_too_many_such_steps_in_a_row_stop_the_run_and_name_the_samples(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(DistTrainError, match=r"3 steps in a row.*step 2.*train0000"):
+        broken_run(shards, tmp_path, bad_steps=3)
+
+
+def test_other_settings_in_the_same_run_folder_are_refused(shards: Path, tmp_path: Path) -> None:
+    commands.train(settings(shards, tmp_path, "train.stop_after_step=2"))
+    with pytest.raises(CheckpointError, match="holds another run"):
+        commands.train(settings(shards, tmp_path, "train.learning_rate=1e-3"))
+
+
+def test_other_data_under_the_same_run_folder_are_refused(shards: Path, tmp_path: Path) -> None:
+    commands.train(settings(shards, tmp_path / "run", "train.stop_after_step=2"))
+    write_small_shards(tmp_path / "other", crystals=64)
+    with pytest.raises(CheckpointError, match="data_digest"):
+        commands.train(settings(tmp_path / "other", tmp_path / "run"))
+
+
+def test_grid_that_differs_from_the_shards_is_refused(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"sigma_A is 0\.5 there, 0\.4 here"):
+        commands.train(settings(shards, tmp_path, "grid.sigma_A=0.4"))
+
+
+def test_learning_rate_warms_up_and_ends_near_zero(shards: Path) -> None:
+    train = settings(shards, shards).train
+    rates = [learning_rate(step, 100, train) for step in range(100)]
+    assert rates[0] == pytest.approx(train.learning_rate / train.warmup_steps, rel=1e-3)
+    assert max(rates) <= train.learning_rate
+    assert rates[-1] < 1e-3 * train.learning_rate
+    assert rates[train.warmup_steps :] == sorted(rates[train.warmup_steps :], reverse=True)
+
+
+def test_spool_survives_a_torn_line_and_writes_nothing_twice(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    spool = Spool(path)
+    spool.log(1, {"a": 1.0})
+    spool.log(2, {"a": 2.0})
+    spool.close()
+    with path.open("a") as stream:
+        stream.write('{"step": 3, "ti')
+    again = Spool(path)
+    for step in (2, 3):
+        again.log(step, {"a": float(step)})
+    again.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
