@@ -77,14 +77,22 @@ def train(config: RunConfig) -> str:
             # All ranks find the same fault; rank 0 tells it, and its exit makes the launcher end this one.
             time.sleep(10)
         raise
-    import torch
-
-    torch.manual_seed(config.seed)
+    _be_deterministic()
     if config.engine.name == "deepspeed":
         from dist_train.backends.deepspeed_engine import init_process_group
 
         rank, ranks = init_process_group()
     return _train_rank(config, index, rank)
+
+
+def _be_deterministic() -> None:
+    """Make torch repeat itself bit for bit: by default it adds up scattered gradients in the order threads arrive."""
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # Filling fresh memory costs time, and no result depends on it.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def check_training(config: RunConfig, ranks: int) -> Index:
