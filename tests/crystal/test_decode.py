@@ -1,0 +1,222 @@
+"""Decoding: exact on true grids of real crystals, robust on noisy ones, calm on fields that hold no crystal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+
+from dist_train.config import GridSpec
+from dist_train.crystal.decode import Decoded, decode, decode_ideal
+from dist_train.crystal.lattice import periodic_distances
+from dist_train.crystal.structure import Crystal
+from dist_train.crystal.voxelize import representable, voxelize
+
+SampleTable = Callable[[str], list[Crystal]]
+Fields = tuple[NDArray[np.float32], NDArray[np.uint8], NDArray[np.float32]]
+
+COARSE = GridSpec(shape=16, max_spacing_A=0.36)
+ADAPTIVE = GridSpec(shape="adaptive", max_voxels=2**17)
+CELL = Crystal("cell", np.eye(3) * 4.8, np.zeros((1, 3)), np.array([14])).lattice_A
+
+
+def errors_A(decoded: Decoded, truth: Crystal) -> NDArray[np.float64] | None:
+    """[N] distances between atoms, matched one to one within each element; None unless count and species are exact."""
+    found = decoded.crystal
+    if found is None or found.composition != truth.composition:
+        return None
+    distances = periodic_distances(truth.lattice_A, found.frac_N3, truth.frac_N3)
+    distances[found.numbers_N[:, None] != truth.numbers_N] = 1e3
+    return np.asarray(distances[linear_sum_assignment(distances**2)])
+
+
+def rms(errors: NDArray[np.float64]) -> float:
+    return float(np.sqrt((errors**2).mean()))
+
+
+def assert_recovered(crystal: Crystal, spec: GridSpec) -> None:
+    decoded = decode_ideal(crystal, spec)
+    errors = errors_A(decoded, crystal)
+    assert errors is not None, f"{crystal.id}: {crystal.composition} became {decoded}"
+    assert rms(errors) <= 0.001, crystal.id
+    assert decoded.crystal is not None
+    assert decoded.crystal.id == crystal.id
+    np.testing.assert_array_equal(decoded.crystal.lattice_A, crystal.lattice_A)
+    assert ((decoded.crystal.frac_N3 >= 0) & (decoded.crystal.frac_N3 < 1)).all()
+    assert decoded.confidence_N.shape == (len(crystal),)
+    assert ((decoded.confidence_N > 0.35) & (decoded.confidence_N <= 1)).all()
+
+
+def fields_of(crystal: Crystal, spec: GridSpec) -> Fields:
+    grid = voxelize(crystal, spec)
+    return grid.density_CDHW[0], grid.species_DHW, (grid.species_DHW > 0).astype(np.float32)
+
+
+def noisy(fields: Fields, rng: np.random.Generator) -> Fields:
+    """Density with Gaussian noise of 5 % of an atom's height; a tenth of the voxels with another of the labels."""
+    density, species, _ = fields
+    labels = np.unique(species)
+    others = (np.searchsorted(labels, species) + rng.integers(1, len(labels), species.shape)) % len(labels)
+    flipped = np.where(rng.random(species.shape) < 0.1, labels[others], species)
+    noise = rng.normal(0, 0.05, density.shape).astype(np.float32)
+    return density + noise, flipped, (flipped > 0).astype(np.float32)
+
+
+def test_perovskites_are_recovered_exactly(sample_table: SampleTable) -> None:
+    crystals = sample_table("perov_5")[::90]
+    assert len(crystals) >= 40
+    for crystal in crystals:
+        assert_recovered(representable(crystal, COARSE), COARSE)
+
+
+def test_crystals_of_many_sizes_are_recovered_exactly(sample_table: SampleTable) -> None:
+    table = sample_table("materials_project")
+    large = [crystal for crystal in table if 50 < len(crystal) <= 120 and crystal.volume_A3 < 1500]
+    crystals = [crystal for crystal in table if len(crystal) <= 50][::25] + large[:: len(large) // 6]
+    assert len(crystals) >= 40
+    for crystal in crystals:
+        assert_recovered(representable(crystal, ADAPTIVE), ADAPTIVE)
+
+
+def test_noisy_perovskites_are_recovered(sample_table: SampleTable) -> None:
+    rng = np.random.default_rng(0)
+    crystals = [representable(crystal, COARSE) for crystal in sample_table("perov_5")[:3600:120]]
+    assert len(crystals) == 30
+    results = [
+        errors_A(decode(crystal.id, *noisy(fields_of(crystal, COARSE), rng), crystal.lattice_A, COARSE), crystal)
+        for crystal in crystals
+    ]
+    exact = [errors for errors in results if errors is not None]
+    assert len(exact) >= 0.95 * len(crystals)
+    assert rms(np.concatenate(exact)) <= 0.02
+
+
+def test_lower_confidence_where_labels_are_noisy(sample_table: SampleTable) -> None:
+    crystal = representable(sample_table("perov_5")[7], COARSE)
+    fields = fields_of(crystal, COARSE)
+    clean = decode("c", *fields, crystal.lattice_A, COARSE).confidence_N
+    disturbed = decode("c", *noisy(fields, np.random.default_rng(1)), crystal.lattice_A, COARSE).confidence_N
+    assert disturbed.mean() < clean.mean() - 0.05
+
+
+def test_positions_come_from_the_density_and_not_from_the_votes_alone(sample_table: SampleTable) -> None:
+    crystal = representable(sample_table("perov_5")[3], COARSE)
+    moved = replace(crystal, frac_N3=crystal.frac_N3 + 0.02 / crystal.lengths_angles[:3])
+    _, species, probability = fields_of(crystal, COARSE)
+    found = decode("c", fields_of(moved, COARSE)[0], species, probability, crystal.lattice_A, COARSE)
+    errors = errors_A(found, moved)
+    assert errors is not None
+    assert errors.max() < 0.005  # the votes are 0.035 A away
+
+
+@pytest.mark.parametrize("table", ["perov_5", "materials_project"])
+def test_order_of_atoms_does_not_matter(sample_table: SampleTable, table: str) -> None:
+    spec = COARSE if table == "perov_5" else ADAPTIVE
+    for crystal in [crystal for crystal in sample_table(table) if len(crystal) <= 30][5:500:100]:
+        crystal = representable(crystal, spec)
+        order = np.random.default_rng(0).permutation(len(crystal))
+        shuffled = replace(crystal, frac_N3=crystal.frac_N3[order], numbers_N=crystal.numbers_N[order])
+        first, second = decode_ideal(crystal, spec), decode_ideal(shuffled, spec)
+        assert first.crystal is not None
+        errors = errors_A(second, first.crystal)
+        assert errors is not None
+        assert errors.max() < 1e-4
+
+
+@pytest.mark.parametrize("noise", [False, True])
+def test_rolled_fields_give_the_shifted_crystal(sample_table: SampleTable, noise: bool) -> None:
+    rng = np.random.default_rng(2)
+    for crystal in sample_table("perov_5")[11:1000:200]:
+        crystal, steps = representable(crystal, COARSE), tuple(rng.integers(0, 16, 3).tolist())
+        fields = fields_of(crystal, COARSE)
+        fields = noisy(fields, rng) if noise else fields
+        density, species, probability = (np.roll(field, steps, axis=(0, 1, 2)) for field in fields)
+        first = decode("c", *fields, crystal.lattice_A, COARSE)
+        rolled = decode("c", density, species, probability, crystal.lattice_A, COARSE)
+        assert first.crystal is not None
+        shifted = replace(first.crystal, frac_N3=first.crystal.frac_N3 + np.array(steps) / 16)
+        errors = errors_A(rolled, shifted)
+        assert errors is not None
+        assert errors.max() < (0.01 if noise else 1e-4)
+        np.testing.assert_allclose(np.sort(rolled.confidence_N), np.sort(first.confidence_N), atol=1e-6)
+
+
+def test_atom_on_the_border_of_the_cell_is_one_atom() -> None:
+    crystal = Crystal("corner", np.eye(3) * 4.8, np.array([[0.001, 0.999, 0.0], [0.5, 0.5, 0.999]]), np.array([55, 17]))
+    assert_recovered(crystal, COARSE)
+
+
+def test_close_unlike_atoms_stay_two() -> None:
+    crystal = Crystal("OH", np.eye(3) * 4.8, np.array([[0.1, 0.1, 0.1], [0.1 + 0.96 / 4.8, 0.1, 0.1]]), np.array([8, 1]))
+    assert_recovered(crystal, GridSpec(shape=16))
+
+
+# Fields that hold no crystal
+
+
+def constant(density: float, label: int, probability: float, voxels: int = 16) -> Fields:
+    shape = (voxels,) * 3
+    return (
+        np.full(shape, density, np.float32), np.full(shape, label, np.uint8), np.full(shape, probability, np.float32)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        (constant(0, 0, 0), "no atom found"),
+        (constant(1, 0, 1), "no atom found"),
+        (constant(0, 14, 0), "no atom found"),
+        (constant(1, 14, 0.3), "no atom found"),  # too few votes
+        (constant(np.nan, 14, 1), "not finite"),
+        (constant(0, 14, np.nan), "not finite"),
+        (constant(np.inf, 0, 0), "not finite"),
+    ],
+)
+def test_nothing_to_decode_is_a_result_with_a_reason(fields: Fields, reason: str) -> None:
+    decoded = decode("c", *fields, CELL, COARSE)
+    assert decoded.crystal is None
+    assert reason in decoded.reason
+    assert decoded.confidence_N.shape == (0,)
+
+
+def test_lattice_that_is_not_finite() -> None:
+    decoded = decode("c", *constant(0, 0, 0), np.full((3, 3), np.nan), COARSE)
+    assert decoded.crystal is None
+    assert "not finite" in decoded.reason
+
+
+def test_one_bad_voxel_is_enough() -> None:
+    density, species, probability = constant(0, 14, 1)
+    density[3, 4, 5] = np.nan
+    assert "not finite" in decode("c", density, species, probability, CELL, COARSE).reason
+
+
+def test_absurdly_many_atoms_are_not_believed() -> None:
+    lattice = Crystal("wide", np.eye(3) * 14.0, np.zeros((1, 3)), np.array([14])).lattice_A
+    decoded = decode("c", *constant(1, 14, 1, voxels=14), lattice, GridSpec(shape=14, max_spacing_A=1.0))
+    assert decoded.crystal is None
+    assert "atoms found, at most 2000" in decoded.reason
+
+
+def test_random_labels_hold_no_atoms() -> None:
+    rng = np.random.default_rng(0)
+    shape = (16, 16, 16)
+    species = rng.integers(0, 104, shape, dtype=np.uint8)
+    density = rng.random(shape, dtype=np.float32)
+    decoded = decode("c", density, species, np.ones(shape, np.float32), CELL, COARSE)
+    assert decoded.crystal is None
+    assert "no atom found" in decoded.reason
+
+
+def test_labels_everywhere_give_separate_atoms_or_none() -> None:
+    decoded = decode("c", *constant(1, 14, 1), CELL, COARSE)
+    if decoded.crystal is None:
+        assert decoded.reason
+    else:
+        assert np.isfinite(decoded.crystal.frac_N3).all()
+        assert len(decoded.crystal) <= 4.8**3 / (4 / 3 * np.pi * 0.4**3)  # balls of half the least distance

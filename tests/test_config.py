@@ -1,0 +1,177 @@
+"""Settings: what is refused and in which words, overrides, and round trips through YAML."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from dist_train.config import RunConfig, load_config
+from dist_train.errors import ConfigError
+
+SHIPPED = sorted((Path(__file__).parents[1] / "launch" / "runs").glob("*.yaml"))
+
+
+def refusal(*overrides: str) -> str:
+    """The message with which these overrides of the defaults are refused."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_run_files_load_and_say_what_they_set(path: Path) -> None:
+    config = load_config(path)
+    resolved = config.model_dump(mode="json")
+    for section, values in yaml.safe_load(path.read_text()).items():
+        for key, value in values.items() if isinstance(values, dict) else [(None, values)]:
+            assert (resolved[section][key] if key else resolved[section]) == value
+
+
+def test_run_files_are_shipped() -> None:
+    assert {"demo.yaml", "families.yaml"} <= {path.name for path in SHIPPED}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("grid.shape=adaptive", "grid.channels=[occupancy, f_block]", "train.stop_after_step=7"),
+        ("data.splits={train: 0.5, holdout: 0.5}", "data.inputs=[a b.cif, 'c:d']", "data.ray_address=auto"),
+        ("engine.deepspeed_json=x/y.json", "tracking.uri=sqlite:///a.db", "run_dir=runs/ü"),
+        ("train.learning_rate=1e-3", "train.loss.kl=1e-300", "grid.max_spacing_A=0.1", "seed=4294967295"),
+    ],
+)
+def test_yaml_round_trip(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    config = load_config(None, overrides)
+    (tmp_path / "run.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "run.yaml") == config
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_yaml_round_trip_of_shipped_files(tmp_path: Path, path: Path) -> None:
+    (tmp_path / "again.yaml").write_text(load_config(path).to_yaml())
+    assert load_config(tmp_path / "again.yaml") == load_config(path)
+
+
+def test_overrides_win_over_the_file_and_later_over_earlier(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("seed: 3\ntrain: {epochs: 5, global_batch_size: 8}\n")
+    config = load_config(path, ("train.epochs=6", "train.epochs=7", "grid.sigma_A=0.4", "train.learning_rate=1e-4"))
+    assert (config.seed, config.train.epochs, config.train.global_batch_size, config.grid.sigma_A) == (3, 7, 8, 0.4)
+    assert config.train.learning_rate == 1e-4
+
+
+def test_empty_file_gives_the_defaults(tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    assert load_config(tmp_path / "empty.yaml") == load_config() == RunConfig()
+
+
+def test_overrides_read_yaml_values() -> None:
+    config = load_config(None, ("model.vae_widths=[8, 16, 32]", "grid.niggli=false", "tracking.uri=null", "run_dir=a=b"))
+    assert (config.model.vae_widths, config.grid.niggli, config.tracking.uri) == ((8, 16, 32), False, None)
+    assert config.run_dir == Path("a=b")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.epoch=3", "train.epoch = 3: unknown key; did you mean 'epochs'?"),
+        ("trian.epochs=3", "did you mean 'train'?"),
+        ("train.loss.specie=1", "train.loss.specie = 1: unknown key; did you mean 'species'?"),
+        ("grid.qqqqqq=1", "grid.qqqqqq = 1: unknown key; known keys: frame, shape, max_spacing_A"),
+        ("train.epochs=many", "train.epochs = 'many': input should be a valid integer"),
+        ("train.epochs=2.5", "train.epochs = 2.5: input should be a valid integer"),
+        ("train.epochs=0", "train.epochs = 0: input should be greater than or equal to 1"),
+        ("train.precision=fp8", "train.precision = 'fp8': input should be 'bf16' or 'fp32'"),
+        ("train.learning_rate=0", "train.learning_rate = 0: input should be greater than 0"),
+        ("train.learning_rate=.nan", "train.learning_rate = nan: "),
+        ("train.ema_decay=1", "train.ema_decay = 1: input should be less than 1"),
+        ("grid.niggli=perhaps", "grid.niggli = 'perhaps': input should be a valid boolean"),
+        ("grid=5", "grid = 5: input should be a valid dictionary"),
+        ("grid.channels=[]", "grid: channels [] must name at least one channel, each once"),
+        ("grid.channels=[occupancy, occupancy]", "grid: channels ['occupancy', 'occupancy'] must name"),
+        ("grid.channels=[colour]", "grid.channels.0 = 'colour': input should be 'occupancy'"),
+        ("data.splits={train: 0.8, test: 0.1}", "data: splits {'train': 0.8, 'test': 0.1} add up to 0.9, not 1"),
+        ("data.splits={train: 1.5, test: -0.5}", "data.splits.train = 1.5: input should be less than or equal to 1"),
+        ("grid.shape=30", "grid.shape 30 must be a multiple of 4 for 2 model.vae_widths and 3 model.unet_levels"),
+        ("model.unet_levels=1", "model.unet_levels = 1: input should be greater than or equal to 2"),
+        ("seed=-1", "seed = -1: input should be greater than or equal to 0"),
+    ],
+)
+def test_refusals_name_the_key_the_value_and_the_remedy(override: str, message: str) -> None:
+    assert message in refusal(override)
+
+
+@pytest.mark.parametrize("shape", [8, 129])
+def test_grid_shape_out_of_range(shape: int) -> None:
+    assert f" = {shape}: " in refusal(f"grid.shape={shape}")
+
+
+def test_deepest_network_decides_what_the_grid_must_be_a_multiple_of() -> None:
+    assert "multiple of 16" in refusal("grid.shape=24", "model.unet_levels=5")
+    assert "multiple of 16" in refusal("grid.shape=24", "model.vae_widths=[1, 2, 3, 4]")
+    assert load_config(None, ("grid.shape=48", "model.unet_levels=5")).grid.shape == 48
+    assert load_config(None, ("grid.shape=adaptive", "model.unet_levels=5")).grid.shape == "adaptive"
+
+
+def test_all_mistakes_are_named_at_once() -> None:
+    message = refusal("train.epochs=0", "grid.sigma_A=-1", "tracking.name=x")
+    assert all(key in message for key in ("train.epochs", "grid.sigma_A", "tracking.name"))
+
+
+@pytest.mark.parametrize("override", ["train.epochs", "=3", "train..epochs=3", ".epochs=3", "train.=3", ""])
+def test_override_without_key_or_value(override: str) -> None:
+    assert f"--set {override!r} has no value: write --set section.key=value" in refusal(override)
+
+
+def test_override_below_a_value() -> None:
+    assert "seed is a value (3), not a section" in refusal("seed=3", "seed.x=4")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: [unclosed", "is not valid YAML"),
+        ("- a\n- b\n", "holds a list, not a mapping of sections"),
+        ("just words", "holds a str, not a mapping of sections"),
+        ("train: {epoch: 3}", "train.epoch = 3: unknown key; did you mean 'epochs'?"),
+        ("train: {epochs: x}", "train.epochs = 'x'"),
+        ("epochs: 3", "epochs = 3: unknown key"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_missing_and_binary_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml can't be read: No such file"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\xc3(")
+    with pytest.raises(ConfigError, match=r"binary\.yaml is not valid YAML"):
+        load_config(tmp_path / "binary.yaml")
+
+
+def test_a_config_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        load_config().train.epochs = 3  # type: ignore[misc]
+
+
+def leaves(values: dict[str, Any]) -> list[Any]:
+    """All values of a nested mapping."""
+    return [leaf for value in values.values() for leaf in (leaves(value) if isinstance(value, dict) else [value])]
+
+
+def test_resolved_yaml_holds_plain_finite_values() -> None:
+    values = leaves(yaml.safe_load(load_config().to_yaml()))
+    assert len(values) > 50
+    assert all(math.isfinite(value) for value in values if isinstance(value, float))
