@@ -175,7 +175,7 @@ def register(tracking: TrackingConfig, bundle: Path, run_id: str, alias: str | N
         with mlflow.start_run(run_id=run_id, log_system_metrics=False):
             info = mlflow.pyfunc.log_model(
                 name="model", python_model=str(MODEL_CODE), artifacts={"bundle": str(bundle)}, code_paths=[str(code)],
-                pip_requirements=_pinned(REQUIREMENTS), signature=infer_signature(columns, output),
+                pip_requirements=_pinned(REQUIREMENTS), signature=infer_signature(columns, output), input_example=columns,
                 registered_model_name=tracking.model_name,
             )  # fmt: skip
     version = str(info.registered_model_version)
@@ -215,7 +215,7 @@ def _known(client: MlflowClient, model: str) -> str:
     except MlflowException:
         names = [m.name for m in client.search_registered_models()]
         return f"no model is called {name!r}; known: {', '.join(names) or 'none'}"
-    versions = [v.version for v in client.search_model_versions(f"name = '{name}'")]
+    versions = [str(v.version) for v in client.search_model_versions(f"name = '{name}'")]
     return f"{name} has the aliases {sorted(found.aliases)} and the versions {sorted(versions, key=int)}"
 
 
@@ -233,7 +233,8 @@ def set_pyfunc_model() -> None:
 
             self.codec = Codec(read_bundle(Path(context.artifacts["bundle"]))[0])
 
-        def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> Any:
+        # Unannotated: MLflow reads a schema from the hints, and the signature given at registration is the right one.
+        def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
             import pandas as pd
 
             from dist_train.generate import reconstruct_cifs

@@ -1,0 +1,142 @@
+"""MLflow for real, on a sqlite file: metrics, registry, and the served model that needs neither ray nor deepspeed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+import pytest
+from small_run import small_config, write_small_shards
+
+from dist_train import commands
+from dist_train.backends.mlflow_tracker import MlflowUploader, pull
+from dist_train.config import RunConfig
+from dist_train.crystal.cif import parse_cif, write_cif
+from dist_train.errors import ConfigError, ModelError
+from dist_train.models.export import read_bundle
+from dist_train.shards.index import Index
+from dist_train.shards.reader import ShardReader
+from dist_train.training.tracker import Spool, read_spool
+
+pytestmark = pytest.mark.filterwarnings("default")  # mlflow's own dependencies warn
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run trained in two parts, tracked and registered as champion."""
+    folder = tmp_path_factory.mktemp("tracked")
+    write_small_shards(folder)
+    config = small_config(folder, f"tracking.uri=sqlite:///{folder}/mlflow.db", "tracking.experiment=test")
+    commands.train(config.model_copy(update={"train": config.train.model_copy(update={"stop_after_step": 5})}))
+    commands.train(config)
+    assert "version 1" in commands.register(config.run_dir, "champion")
+    return config
+
+
+def client(config: RunConfig) -> mlflow.MlflowClient:
+    return mlflow.MlflowClient(config.tracking.uri, config.tracking.uri)
+
+
+def test_every_record_of_the_spool_is_in_mlflow_once(tracked: RunConfig) -> None:
+    runs = client(tracked).search_runs([client(tracked).get_experiment_by_name("test").experiment_id])
+    assert len(runs) == 1, "the resumed run goes on in the same MLflow run"
+    run_id = runs[0].info.run_id
+    assert run_id == (tracked.run_dir / "mlflow_run_id").read_text()
+    history = client(tracked).get_metric_history(run_id, "train/loss")
+    spooled = [r for r in read_spool(tracked.run_dir / "metrics.jsonl") if "train/loss" in r["metrics"]]
+    assert [(m.step, m.value) for m in history] == [(r["step"], r["metrics"]["train/loss"]) for r in spooled]
+    assert [m.step for m in history] == list(range(1, 13))
+
+
+def test_run_holds_parameters_config_digest_system_metrics_and_pictures(tracked: RunConfig) -> None:
+    run = client(tracked).get_run((tracked.run_dir / "mlflow_run_id").read_text())
+    assert run.info.status == "FINISHED"
+    assert run.data.params["model.latent"] == "8"
+    assert run.data.tags["data_digest"] == Index.read(tracked.data.shards).digest
+    assert any(name.startswith("system/") for name in run.data.metrics)
+    assert "val/composition_exact" in run.data.metrics
+    files = {f.path for folder in ("", "figures") for f in client(tracked).list_artifacts(run.info.run_id, folder)}
+    assert {"run.yaml", "figures/slices.png", "figures/loss_curves.png"} <= files
+
+
+def test_pulled_bundle_is_the_trained_one(tracked: RunConfig, tmp_path: Path) -> None:
+    assert tracked.tracking.uri
+    bundle = pull(tracked.tracking.uri, "models:/crystal-autoencoder@champion", tmp_path)
+    model, config = read_bundle(bundle)
+    assert (bundle / "SHA256SUMS").read_bytes() == (tracked.run_dir / "bundle" / "SHA256SUMS").read_bytes()
+    assert config["about"]["step"] == 12
+    assert model.model.latent == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("models:/crystal-autoencoder@nobody", r"aliases \['champion'\]"),
+        ("models:/crystal-autoencoder/9", r"versions \['1'\]"),
+        ("models:/other@champion", "known: crystal-autoencoder"),
+    ],
+)
+def test_unknown_models_are_refused_with_what_there_is(tracked: RunConfig, tmp_path: Path, name: str, told: str) -> None:
+    assert tracked.tracking.uri
+    with pytest.raises(ModelError, match=told):
+        pull(tracked.tracking.uri, name, tmp_path)
+
+
+PLAIN_CLIENT = """
+import json, sys
+import mlflow, pandas
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model("models:/crystal-autoencoder@champion")
+out = model.predict(pandas.DataFrame({"cif": json.loads(sys.stdin.read())}))
+assert not {"ray", "deepspeed"} & set(sys.modules), "a plain client must need neither"
+print("RESULT" + out.to_json(orient="records"))
+"""
+
+
+def test_plain_mlflow_client_predicts_row_by_row(tracked: RunConfig) -> None:
+    crystal = ShardReader(Index.read(tracked.data.shards), "test").crystal(0)
+    rows = [write_cif(crystal), "not a cif", write_cif(crystal)]
+    result = subprocess.run(
+        [sys.executable, "-c", PLAIN_CLIENT, str(tracked.tracking.uri)],
+        input=json.dumps(rows), capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    line = next(line for line in result.stdout.splitlines() if line.startswith("RESULT"))
+    table = pd.DataFrame(json.loads(line.removeprefix("RESULT")))
+    assert list(table.columns) == ["cif", "latent", "confidence", "error"]
+    assert "not a CIF" in table.error[1]
+    assert table.cif[1] == ""
+    assert table.latent[0] == table.latent[2]
+    assert len(json.loads(table.latent[0])) == 8
+    for row in (0, 2):
+        assert table.error[row] or len(parse_cif(table.cif[row], "x", 1000)) > 0
+
+
+def test_a_server_that_is_away_neither_stops_nor_loses_anything(tmp_path: Path) -> None:
+    """Nobody listens on the port: closing says so in seconds; a later start brings everything to the server once."""
+    spool = Spool(tmp_path / "run" / "metrics.jsonl")
+    for step in range(1, 4):
+        spool.log(step, {"loss": 1.0 / step})
+    spool.close()
+    away = small_config(tmp_path, "tracking.uri=http://127.0.0.1:9")
+    uploader = MlflowUploader(away, spool.path, {})
+    assert uploader.close("FINISHED") is False
+    back = small_config(tmp_path, f"tracking.uri=sqlite:///{tmp_path}/mlflow.db")
+    for _ in range(2):  # the second upload sends everything again
+        uploader = MlflowUploader(back, spool.path, {})
+        assert uploader.close("FINISHED") is True
+    history = client(back).get_metric_history(str(uploader.run_id), "loss")
+    assert [(m.step, m.value) for m in history] == [(1, 1.0), (2, 0.5), (3, 1.0 / 3)]
+
+
+def test_untracked_or_unfinished_runs_are_not_registered(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no finished run"):
+        commands.register(tmp_path, None)
+    config = small_config(tmp_path)
+    (config.run_dir / "bundle").mkdir(parents=True)
+    (config.run_dir / "run.yaml").write_text(config.to_yaml())
+    with pytest.raises(ConfigError, match="not tracked"):
+        commands.register(config.run_dir, None)
