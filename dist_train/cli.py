@@ -72,9 +72,7 @@ def _verb(verbs: Verbs, name: str, help: str, description: str = "") -> argparse
 
 def _config_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="RUN.yaml", help="run file; without one, the defaults")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="a.b=c", help="override one setting; may be repeated"
-    )
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; may be repeated")
 
 
 def _load(options: argparse.Namespace):  # type: ignore[no-untyped-def]
@@ -98,13 +96,9 @@ def _add_demo(verbs: Verbs) -> None:
         "Runs every stage on the crystals in data/sample, in about ten minutes on two cores, without server, account or "
         "GPU. Everything is written below --out.",
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/demo"), help="output folder; an earlier demo is replaced"
-    )
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="output folder; an earlier demo is replaced")
     parser.add_argument("--port", type=int, default=0, help="port of the two training ranks; 0 takes a free one")
-    parser.add_argument(
-        "--epochs", type=int, help="train for fewer epochs than the run file says (a shorter, worse demo)"
-    )
+    parser.add_argument("--epochs", type=int, help="train for fewer epochs than the run file says (a shorter, worse demo)")
     parser.set_defaults(run=_demo)
 
 
@@ -132,7 +126,7 @@ def _add_voxelize(verbs: Verbs) -> None:
 
 
 def _voxelize(options: argparse.Namespace) -> str:
-    from dist_train.commands import voxelize
+    from dist_train.commands.shards import voxelize
 
     return voxelize(_load(options))
 
@@ -144,7 +138,7 @@ def _add_verify(verbs: Verbs) -> None:
 
 
 def _verify(options: argparse.Namespace) -> str:
-    from dist_train.commands import verify_shards
+    from dist_train.commands.shards import verify_shards
 
     return verify_shards(options.shards)
 
@@ -160,7 +154,7 @@ def _add_train(verbs: Verbs) -> None:
 
 
 def _train(options: argparse.Namespace) -> str:
-    from dist_train.commands import train
+    from dist_train.commands.training import train
 
     return train(_load(options))
 
@@ -173,7 +167,7 @@ def _add_register(verbs: Verbs) -> None:
 
 
 def _register(options: argparse.Namespace) -> str:
-    from dist_train.commands import register
+    from dist_train.commands.training import register
 
     return register(options.run_dir, options.alias)
 
@@ -194,7 +188,7 @@ def _add_evaluate(verbs: Verbs) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> str:
-    from dist_train.commands import evaluate
+    from dist_train.commands.models import evaluate
     from dist_train.tables import metrics_table
 
     metrics = evaluate(
@@ -207,9 +201,7 @@ def _evaluate(options: argparse.Namespace) -> str:
 def _add_generate(verbs: Verbs) -> None:
     parser = _verb(verbs, "generate", "reconstruct, sample or interpolate crystals; writes CIF files")
     parser.add_argument("task", choices=("reconstruct", "sample", "interpolate"), help="what to do")
-    parser.add_argument(
-        "inputs", nargs="*", help="crystals (CIF files, folders, Parquet) to reconstruct or interpolate"
-    )
+    parser.add_argument("inputs", nargs="*", help="crystals (CIF files, folders, Parquet) to reconstruct or interpolate")
     _model_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="output folder")
     parser.add_argument("-n", type=int, default=16, help="crystals to sample")
@@ -219,7 +211,7 @@ def _add_generate(verbs: Verbs) -> None:
 
 
 def _generate(options: argparse.Namespace) -> str:
-    from dist_train.commands import generate
+    from dist_train.commands.models import generate
 
     return generate(
         options.task, options.inputs, options.model, options.tracking_uri, options.out, options.n, options.steps,

@@ -220,9 +220,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise ConfigError(
-            f"config {path} can't be read: {error.strerror}; give --config an existing YAML file"
-        ) from None
+        raise ConfigError(f"config {path} can't be read: {error.strerror}; give --config an existing YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path} is not valid YAML: {error}") from None
     if not isinstance(values or {}, dict):

@@ -83,9 +83,7 @@ def run_demo(out: Path, port: int, epochs: int | None) -> str:
     """Run all stages; returns the closing summary. Raises ConfigError before the first stage where something is missing."""
     for needed in (run_file("demo"), run_file("families"), ROOT / "data" / "sample"):
         if not needed.exists():
-            raise ConfigError(
-                f"{needed} is missing: the demo runs from a clone of the project, installed with make demo"
-            )
+            raise ConfigError(f"{needed} is missing: the demo runs from a clone of the project, installed with make demo")
     if Path.cwd() != ROOT:
         raise ConfigError(f"the demo reads data/sample: run it in {ROOT}, not in {Path.cwd()}")
     demo = Demo(out, port or free_port(), [f"train.epochs={epochs}"] if epochs else [])
@@ -119,9 +117,7 @@ def _stages(demo: Demo, config: RunConfig) -> None:
         [*launcher, "--set", f"train.stop_after_step={max(halfway, 1)}"], f"{out}/train/checkpoints",
     )  # fmt: skip
     demo.run("the same command goes on from the checkpoint to the end", launcher, f"{out}/train")
-    demo.run(
-        "MLflow registers the model", [*cli, "register", f"{out}/train", "--alias", "champion"], f"{out}/mlflow.db"
-    )
+    demo.run("MLflow registers the model", [*cli, "register", f"{out}/train", "--alias", "champion"], f"{out}/mlflow.db")
     evaluate = [*cli, "evaluate", "--model", "models:/crystal-autoencoder@champion", "--tracking-uri", demo.uri]
     demo.run(
         "a fresh process pulls the champion and reconstructs held-out perovskites, samples, interpolates",
@@ -180,9 +176,7 @@ def _check_port(port: int) -> None:
         try:
             probe.bind(("", port))
         except OSError as error:
-            raise ConfigError(
-                f"port {port} for the training ranks can't be used: {error.strerror}; set --port 0"
-            ) from None
+            raise ConfigError(f"port {port} for the training ranks can't be used: {error.strerror}; set --port 0") from None
 
 
 def _clear(out: Path) -> None:

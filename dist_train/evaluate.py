@@ -41,9 +41,7 @@ class Evaluation:
         for low, high in SIZE_CLASSES:
             chosen = [i for i, crystal in enumerate(self.crystals) if low <= len(crystal) <= high]
             if chosen:
-                rates = {
-                    name: summarise([pairs[i] for i in chosen])["match_rate"] for name, pairs in self.systems.items()
-                }
+                rates = {name: summarise([pairs[i] for i in chosen])["match_rate"] for name, pairs in self.systems.items()}
                 rows.append((f"{low}-{high}" if high < 10**9 else f"{low} and more", len(chosen), rates))
         return rows
 

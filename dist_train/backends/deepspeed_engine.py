@@ -62,9 +62,7 @@ def deepspeed_config(config: RunConfig, ranks: int) -> dict[str, Any]:
         except (OSError, ValueError) as error:
             raise ConfigError(f"engine.deepspeed_json {path} can't be read: {error}") from None
     for key in extra.keys() & OWNED_KEYS.keys():
-        raise ConfigError(
-            f"{path} sets {key!r}, which {OWNED_KEYS[key]} of the run file decides: remove it from {path}"
-        )
+        raise ConfigError(f"{path} sets {key!r}, which {OWNED_KEYS[key]} of the run file decides: remove it from {path}")
     return {
         **extra,
         "train_batch_size": config.train.global_batch_size,

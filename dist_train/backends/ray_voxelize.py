@@ -104,9 +104,7 @@ def _open_work(root: Path, digest: str) -> Path:
         raise ShardError(f"output folder {root} can't be made: {error.strerror}") from None
     marker = work / "config_hash"
     if marker.exists() and marker.read_text() != digest:
-        raise ShardError(
-            f"output folder {root} holds an unfinished job of another config; remove it or set data.shards"
-        )
+        raise ShardError(f"output folder {root} holds an unfinished job of another config; remove it or set data.shards")
     write_text(marker, digest)
     return work
 
@@ -166,9 +164,7 @@ class _ray:
 
         ray.shutdown()
 
-    def map(
-        self, label: str, function: Callable[..., Any], arguments: list[tuple[Any, ...]], sizes: list[int]
-    ) -> list[Any]:
+    def map(self, label: str, function: Callable[..., Any], arguments: list[tuple[Any, ...]], sizes: list[int]) -> list[Any]:
         """function(*a) for every a as Ray tasks, in order; a bounded number is in flight; progress in crystals."""
         import ray
 

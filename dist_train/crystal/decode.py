@@ -56,9 +56,7 @@ def decode(
     Fields that hold no crystal (nothing found, not finite, absurdly many atoms) give an empty result with the reason.
     """
     nothing = np.zeros(0)
-    if not (
-        np.isfinite(occupancy_DHW).all() and np.isfinite(atom_probability_DHW).all() and np.isfinite(lattice_A).all()
-    ):
+    if not (np.isfinite(occupancy_DHW).all() and np.isfinite(atom_probability_DHW).all() and np.isfinite(lattice_A).all()):
         return Decoded(None, nothing, "field or lattice is not finite")
     spacings = plane_spacings(lattice_A)
     shape = np.array(species_DHW.shape)

@@ -49,9 +49,7 @@ def accept(crystal: Crystal, max_atoms: int) -> Crystal:
     """The crystal as it is, or CrystalError; overlap is looked for in the reduced cell, where few images are near."""
     lattice = compact_lattice(crystal.checked(max_atoms).lattice_A)
     if too_thin(lattice):
-        raise CrystalError(
-            f"{crystal.id}: reduced cell of edges {np.linalg.norm(lattice, axis=1).round(3)} A is too thin"
-        )
+        raise CrystalError(f"{crystal.id}: reduced cell of edges {np.linalg.norm(lattice, axis=1).round(3)} A is too thin")
     cart_N3 = wrap(crystal.cart_N3 @ np.linalg.inv(lattice)) @ lattice
     shifts = image_offsets(lattice, MIN_DISTANCE_A) @ lattice
     images = cKDTree((cart_N3 + shifts[:, None]).reshape(-1, 3))

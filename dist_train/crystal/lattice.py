@@ -37,9 +37,7 @@ def from_lengths_angles(parameters: FloatArray) -> FloatArray:
     c_z_squared = 1.0 - cos_beta**2 - c_y**2
     if not (np.isfinite(parameters).all() and min(a, b, c) > 0 and c_z_squared > 0):
         raise ValueError(f"no cell has the parameters {np.round(parameters, 4).tolist()}")
-    return np.array(
-        [[a, 0.0, 0.0], [b * cos_gamma, b * sin_gamma, 0.0], [c * cos_beta, c * c_y, c * np.sqrt(c_z_squared)]]
-    )
+    return np.array([[a, 0.0, 0.0], [b * cos_gamma, b * sin_gamma, 0.0], [c * cos_beta, c * c_y, c * np.sqrt(c_z_squared)]])
 
 
 def niggli(lattice_A: FloatArray) -> FloatArray | None:

@@ -94,9 +94,7 @@ def compare(true: Crystal, predicted: Crystal | None) -> PairMetrics:
     )
 
 
-def compare_all(
-    pairs: Iterable[Pair], workers: int, progress: Callable[[int], None] | None = None
-) -> list[PairMetrics]:
+def compare_all(pairs: Iterable[Pair], workers: int, progress: Callable[[int], None] | None = None) -> list[PairMetrics]:
     """`compare` of every (true, predicted) pair, in order, over processes; `progress` gets the number done so far.
 
     At most one worker means this process. Processes are spawned, since a fork of one with running threads may hang.

@@ -100,9 +100,7 @@ class Crystal:
         if edges.max() > MAX_EDGE_A:
             raise CrystalError(f"{self.id}: cell edge of {edges.max():.4g} A, at most {MAX_EDGE_A:.0f} A are taken")
         if self.volume_A3 < MIN_VOLUME_A3:
-            raise CrystalError(
-                f"{self.id}: cell volume of {self.volume_A3:.3g} A^3, at least {MIN_VOLUME_A3} is needed"
-            )
+            raise CrystalError(f"{self.id}: cell volume of {self.volume_A3:.3g} A^3, at least {MIN_VOLUME_A3} is needed")
         unknown = sorted({z for z in self.composition if not 1 <= z <= MAX_Z})
         if unknown:
             raise CrystalError(f"{self.id}: unknown atomic numbers {unknown}, known are 1 to {MAX_Z}")

@@ -77,9 +77,7 @@ def representable(crystal: Crystal, spec: GridSpec) -> Crystal:
         raise CrystalError(f"{crystal.id}: {error}") from None
     shortest = shortest_distance(crystal.lattice_A, crystal.frac_N3)
     if shortest < spec.min_distance_A:
-        raise CrystalError(
-            f"{crystal.id}: two atoms {shortest:.3f} A apart, at least {spec.min_distance_A} A is needed"
-        )
+        raise CrystalError(f"{crystal.id}: two atoms {shortest:.3f} A apart, at least {spec.min_distance_A} A is needed")
     return crystal
 
 

@@ -155,9 +155,9 @@ class Standardiser:
 
 def cell_numbers(lengths_angles: np.ndarray) -> np.ndarray:
     """[..., 6] cell parameters (angstrom, degrees) -> logarithms of the lengths, cosines of the angles."""
-    return np.concatenate(
-        [np.log(lengths_angles[..., :3]), np.cos(np.radians(lengths_angles[..., 3:]))], axis=-1
-    ).astype(np.float32)
+    return np.concatenate([np.log(lengths_angles[..., :3]), np.cos(np.radians(lengths_angles[..., 3:]))], axis=-1).astype(
+        np.float32
+    )
 
 
 def cell_parameters(cell_numbers: np.ndarray) -> np.ndarray:

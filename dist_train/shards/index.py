@@ -84,20 +84,14 @@ class Index:
         try:
             document = json.loads(path.read_text())
         except FileNotFoundError:
-            raise ShardError(
-                f"{path} does not exist: {root} holds no finished shards; run dist-train voxelize"
-            ) from None
+            raise ShardError(f"{path} does not exist: {root} holds no finished shards; run dist-train voxelize") from None
         except (OSError, ValueError) as error:
             raise ShardError(f"{path} can't be read ({error}); run dist-train voxelize again") from None
         version = document.get("schema_version")
         if version != SCHEMA_VERSION:
-            raise ShardError(
-                f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}: voxelise again"
-            )
+            raise ShardError(f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}: voxelise again")
         shards = tuple(_record(shard) for shard in document["shards"])
-        return cls(
-            root, document["config"], document["config_hash"], document["code_version"], document["counts"], shards
-        )
+        return cls(root, document["config"], document["config_hash"], document["code_version"], document["counts"], shards)
 
 
 def _record(row: dict[str, Any]) -> ShardRecord:

@@ -85,9 +85,7 @@ def discover(inputs: Iterable[str]) -> list[Chunk]:
     for given in inputs:
         found = list(_chunks_of(Path(given)))
         if not found:
-            raise DataError(
-                f"no crystals found in {given}: expected *.cif or *.cif.gz files in it, or a *.parquet table"
-            )
+            raise DataError(f"no crystals found in {given}: expected *.cif or *.cif.gz files in it, or a *.parquet table")
         chunks += found
     if not chunks:
         raise DataError("data.inputs is empty: name at least one folder of CIF files or Parquet table")
@@ -107,9 +105,7 @@ def _chunks_of(path: Path) -> Iterator[Chunk]:
             raise DataError(f"input {path} is neither a folder, a CIF file nor a Parquet table; check data.inputs")
         files = sorted(str(p.relative_to(path)) for p in _walk(path) if p.name.endswith(CIF_SUFFIXES))
     except PermissionError as error:
-        raise DataError(
-            f"input folder {error.filename} can't be read: {error.strerror}; check its permissions"
-        ) from None
+        raise DataError(f"input folder {error.filename} can't be read: {error.strerror}; check its permissions") from None
     for start in range(0, len(files), CIFS_PER_CHUNK):
         yield Chunk(path, tuple(files[start : start + CIFS_PER_CHUNK]))
 

@@ -33,9 +33,7 @@ def build_shard(task: ShardTask, root: Path, work: Path, grid: GridSpec) -> Shar
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            raise ShardError(
-                f"the disk of {root} is full: {task.name} was not written; free space and run again"
-            ) from None
+            raise ShardError(f"the disk of {root} is full: {task.name} was not written; free space and run again") from None
     return record
 
 

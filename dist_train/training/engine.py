@@ -173,7 +173,5 @@ def check_batch(config: RunConfig, ranks: int) -> int:
     """Crystals a rank takes of each global batch. Raises ConfigError where they don't divide evenly."""
     batch = config.train.global_batch_size
     if batch % ranks:
-        raise ConfigError(
-            f"train.global_batch_size {batch} can't be divided among {ranks} ranks; set a multiple of {ranks}"
-        )
+        raise ConfigError(f"train.global_batch_size {batch} can't be divided among {ranks} ranks; set a multiple of {ranks}")
     return batch // ranks

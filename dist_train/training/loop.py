@@ -139,9 +139,7 @@ def validate(config: RunConfig, engine: Engine, val: ShardReader) -> dict[str, f
     return {f"val/{name}": total / len(val) for name, total in zip(names, totals, strict=True)}
 
 
-def _validate_batch(
-    config: RunConfig, engine: Engine, codec: Codec, batch: CrystalBatch, start: int
-) -> dict[str, float]:
+def _validate_batch(config: RunConfig, engine: Engine, codec: Codec, batch: CrystalBatch, start: int) -> dict[str, float]:
     """Loss and parts of one batch at the posterior mean."""
     model, size = codec.model, len(batch.composition_BZ)
     assert isinstance(model.grid.shape, int)

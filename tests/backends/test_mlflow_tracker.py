@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 from small_run import small_config, write_small_shards
 
-from dist_train import commands
 from dist_train.backends.mlflow_tracker import MlflowUploader, pull
+from dist_train.commands import training as commands
 from dist_train.config import RunConfig
 from dist_train.crystal.cif import parse_cif, write_cif
 from dist_train.errors import ConfigError, ModelError

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from small_run import small_config, write_small_shards
 
-from dist_train import commands
+from dist_train.commands import training as commands
 from dist_train.errors import CheckpointError, ConfigError, DistTrainError
 from dist_train.shards.index import Index
 from dist_train.shards.reader import ShardReader

@@ -1,70 +1,42 @@
-"""What each verb of the command line does: the place where engines, shards, models and trackers are put together.
-
-Every function imports its engine when it is called, so that `--help` and the verbs that need none stay fast.
-"""
+"""The verbs that make models: train and register."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import shutil
 import subprocess
-import tempfile
 import time
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from dist_train import __version__
-from dist_train.config import GridSpec, RunConfig, load_config
-from dist_train.errors import CheckpointError, ConfigError, CrystalError, DataError, DistTrainError, ModelError
+from dist_train.config import RunConfig, load_config
+from dist_train.crystal.cif import write_cif
+from dist_train.errors import CheckpointError, ConfigError, DistTrainError, ModelError
+from dist_train.figures import loss_curves, slices
 from dist_train.files import write_text
-from dist_train.progress import Progress
-from dist_train.shards.index import Index, verify
+from dist_train.generate import encode
+from dist_train.models.autoencoder import CrystalAutoencoder, Statistics
+from dist_train.models.export import write_bundle
+from dist_train.models.reconstruct import Codec
+from dist_train.shards.index import Index
+from dist_train.shards.reader import BatchPlan, ShardReader, collate
+from dist_train.training.checkpoint import Checkpoints
+from dist_train.training.engine import Engine, TorchEngine, check_batch
+from dist_train.training.loop import fit
+from dist_train.training.state import TrainState
+from dist_train.training.tracker import NoTracker, Spool
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from dist_train.backends.mlflow_tracker import MlflowUploader
-    from dist_train.crystal.structure import Crystal
-    from dist_train.evaluate import Evaluation
-    from dist_train.models.autoencoder import CrystalAutoencoder
-    from dist_train.models.reconstruct import Codec
-    from dist_train.shards.reader import ShardReader
-    from dist_train.training.checkpoint import Checkpoints
-    from dist_train.training.engine import Engine
-    from dist_train.training.state import TrainState
 
 STATISTICS_SAMPLES = 512
 PRIOR_SAMPLES = 20_000
 FIGURE_CRYSTALS = 4
-
-
-def voxelize(config: RunConfig) -> str:
-    """Voxelise on Ray; returns a summary."""
-    from dist_train.backends.ray_voxelize import voxelize as run
-
-    index = run(config)
-    c = index.counts
-    splits = {split: sum(len(s.samples) for s in index.shards if s.split == split) for split in config.data.splits}
-    size = sum(shard.bytes for shard in index.shards)
-    return (
-        f"{c['inputs']} inputs = {c['accepted']} accepted + {c['rejected']} rejected "
-        f"({c['rejected_parse']} unreadable, {c['rejected_grid']} that the grid can't hold, {c['rejected_plan']} doubled)\n"
-        f"{', '.join(f'{split} {n}' for split, n in splits.items())} crystals in {len(index.shards)} shards, "
-        f"{size / 2**20:.0f} MiB: {index.root}"
-    )
-
-
-def verify_shards(root: Path) -> str:
-    """Check every shard of a folder against its index. Raises DataError naming the damaged ones."""
-    index = Index.read(root)
-    faults = list(verify(index))
-    if faults:
-        listed = "\n".join(f"  {name}: {fault}" for name, fault in faults)
-        raise DataError(f"{len(faults)} of {len(index.shards)} shards of {root} are damaged:\n{listed}")
-    return f"{len(index.shards)} shards, {sum(len(s.samples) for s in index.shards)} samples: all as the index says"
 
 
 def train(config: RunConfig) -> str:
@@ -87,8 +59,6 @@ def train(config: RunConfig) -> str:
 
 def _be_deterministic() -> None:
     """Make torch repeat itself bit for bit: by default it adds up scattered gradients in the order threads arrive."""
-    import torch
-
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     # Filling fresh memory costs time, and no result depends on it.
@@ -97,9 +67,6 @@ def _be_deterministic() -> None:
 
 def check_training(config: RunConfig, ranks: int) -> Index:
     """Everything that can be known to go wrong before the first step. Raises the error of the first fault found."""
-    from dist_train.shards.reader import BatchPlan
-    from dist_train.training.engine import check_batch
-
     if config.engine.name == "torch" and ranks > 1:
         raise ConfigError(f"engine.name 'torch' runs one process, {ranks} were started; set engine.name=deepspeed")
     check_batch(config, ranks)
@@ -108,9 +75,7 @@ def check_training(config: RunConfig, ranks: int) -> Index:
     differing = [key for key, value in grid.items() if index.config["grid"][key] != value]
     if differing:
         told = "; ".join(f"{key} is {index.config['grid'][key]} there, {grid[key]} here" for key in differing)
-        raise ConfigError(
-            f"the shards in {index.root} have another grid: {told}; voxelise anew or set grid.* to theirs"
-        )
+        raise ConfigError(f"the shards in {index.root} have another grid: {told}; voxelise anew or set grid.* to theirs")
     for split in ("train", "val"):
         index.split(split)
     BatchPlan(len(index.samples("train")), config.train.global_batch_size, config.train.epochs, config.seed, 0, ranks)
@@ -137,11 +102,6 @@ def _check_same_run(config: RunConfig, before: RunConfig, run_dir: Path) -> None
 
 
 def _train_rank(config: RunConfig, index: Index, rank: int) -> str:
-    from dist_train.shards.reader import ShardReader
-    from dist_train.training.checkpoint import Checkpoints
-    from dist_train.training.loop import fit
-    from dist_train.training.tracker import NoTracker, Spool
-
     reader, val = ShardReader(index, "train"), ShardReader(index, "val")
     engine = _engine(config, build_model(config, index, reader))
     checkpoints = Checkpoints(config.run_dir / "checkpoints", config)
@@ -169,8 +129,6 @@ def _train_rank(config: RunConfig, index: Index, rank: int) -> str:
 
 def _engine(config: RunConfig, model: CrystalAutoencoder) -> Engine:
     if config.engine.name == "torch":
-        from dist_train.training.engine import TorchEngine
-
         return TorchEngine(model, config)
     from dist_train.backends.deepspeed_engine import DeepSpeedEngine
 
@@ -179,10 +137,6 @@ def _engine(config: RunConfig, model: CrystalAutoencoder) -> Engine:
 
 def build_model(config: RunConfig, index: Index, reader: ShardReader) -> CrystalAutoencoder:
     """A fresh model for the elements and the statistics of the training split; equal on every rank."""
-    import torch
-
-    from dist_train.models.autoencoder import CrystalAutoencoder, Statistics
-    from dist_train.shards.reader import collate
 
     batch = collate([reader[place] for place in range(min(len(reader), STATISTICS_SAMPLES))])
     density = batch.density_BCDHW.float()
@@ -203,8 +157,6 @@ def build_model(config: RunConfig, index: Index, reader: ShardReader) -> Crystal
 
 def _first_state(config: RunConfig, index: Index, engine: Engine, checkpoints: Checkpoints) -> TrainState:
     """The state of the newest checkpoint, or that of a new run. Raises CheckpointError where the data have changed."""
-    from dist_train.training.state import TrainState
-
     digest = hashlib.sha256(json.dumps(engine.objective.model.config(), sort_keys=True).encode()).hexdigest()[:16]
     fresh = TrainState(0, config.seed, index.digest, digest)
     found = checkpoints.newest()
@@ -243,11 +195,6 @@ def _finish(
     config: RunConfig, index: Index, engine: Engine, reader: ShardReader, val: ShardReader, state: TrainState
 ) -> str:
     """Rank 0, after the last step: the bundle with its prior, and the pictures."""
-    from dist_train.figures import loss_curves, slices
-    from dist_train.models.autoencoder import CrystalAutoencoder
-    from dist_train.models.export import write_bundle
-    from dist_train.models.reconstruct import Codec
-
     model = CrystalAutoencoder.from_config(engine.objective.model.config())
     model.load_state_dict(engine.weights(), strict=False)
     codec = Codec(model)
@@ -272,9 +219,6 @@ def _finish(
 
 def _fit_prior(codec: Codec, reader: ShardReader) -> None:
     """Fit the Gaussian that samples are drawn from to the latents of the training crystals."""
-    import torch
-
-    from dist_train.generate import encode
 
     latents = encode(codec, [reader.crystal(place) for place in range(min(len(reader), PRIOR_SAMPLES))]).cpu().double()
     centred = latents - latents.mean(0)
@@ -287,14 +231,10 @@ def _fit_prior(codec: Codec, reader: ShardReader) -> None:
 def register(run_dir: Path, alias: str | None) -> str:
     """Register the bundle of a finished run in MLflow; returns a summary."""
     from dist_train.backends.mlflow_tracker import register as register_bundle
-    from dist_train.crystal.cif import write_cif
-    from dist_train.shards.reader import ShardReader
 
     kept, bundle = run_dir / "run.yaml", run_dir / "bundle"
     if not (kept.is_file() and bundle.is_dir()):
-        raise ModelError(
-            f"{run_dir} holds no finished run (run.yaml and bundle/ are needed); finish its training first"
-        )
+        raise ModelError(f"{run_dir} holds no finished run (run.yaml and bundle/ are needed); finish its training first")
     config = load_config(kept)
     run_id = run_dir / "mlflow_run_id"
     if not (config.tracking.uri and run_id.is_file()):
@@ -303,132 +243,3 @@ def register(run_dir: Path, alias: str | None) -> str:
     version = register_bundle(config.tracking, bundle, run_id.read_text(), alias, write_cif(example))
     name = config.tracking.model_name
     return f"registered {name} version {version}" + (f", alias {alias}: models:/{name}@{alias}" if alias else "")
-
-
-def load_codec(model: str, tracking_uri: str | None) -> Codec:
-    """The model of a bundle folder or of a registry entry 'models:/NAME@ALIAS', ready for use."""
-    from dist_train.models.export import read_bundle
-    from dist_train.models.reconstruct import Codec
-
-    if not model.startswith("models:/"):
-        return Codec(read_bundle(Path(model))[0])
-    if not tracking_uri:
-        raise ConfigError(f"{model} is in a registry: give --tracking-uri or set MLFLOW_TRACKING_URI")
-    from dist_train.backends.mlflow_tracker import pull
-
-    with tempfile.TemporaryDirectory() as folder:
-        return Codec(read_bundle(pull(tracking_uri, model, Path(folder)))[0])
-
-
-def read_crystals(inputs: Iterable[str], grid: GridSpec) -> list[Crystal]:
-    """The crystals of CIF folders, files and Parquet tables. Raises CrystalError for the first that can't be read."""
-    from dist_train.shards.plan import discover, read_chunk
-
-    crystals = []
-    for chunk in discover(inputs):
-        for _, file, crystal in read_chunk(chunk, grid.max_atoms):
-            if isinstance(crystal, CrystalError):
-                raise CrystalError(f"{chunk.root / file}: {crystal}")
-            crystals.append(crystal)
-    return crystals
-
-
-def evaluate(
-    model: str, tracking_uri: str | None, shards: Path, split: str, out: Path, workers: int, n_samples: int, steps: int
-) -> dict[str, Any]:
-    """Evaluate a model on a split of shards; writes metrics.json, report.html and CIF files, returns the metrics."""
-    from dist_train.evaluate import evaluate as run
-    from dist_train.shards.reader import ShardReader
-
-    codec, index = load_codec(model, tracking_uri), Index.read(shards)
-    test, training = ShardReader(index, split), ShardReader(index, "train")
-    crystals = [test.crystal(place) for place in range(len(test))]
-    candidates = [training.crystal(place) for place in range(len(training))]
-    spec = GridSpec.model_validate(index.config["grid"])
-    with Progress("evaluate", 5 * len(crystals), "comparisons") as progress:
-        result = run(codec, crystals, candidates, spec, workers, lambda stage, n: progress.update(n, stage=stage))
-    look = _look_around(codec, result, n_samples, steps)
-    metrics = _metrics(result, look)
-    _write_evaluation(out, model, split, result, look, metrics)
-    return metrics
-
-
-def _look_around(codec: Codec, result: Evaluation, n_samples: int, steps: int) -> dict[str, list[Any]]:
-    """Samples, and the way between the first two reconstructed test crystals, as lists of `Decoded`."""
-    from dist_train.generate import decode, encode, interpolate_latents, sample_latents
-
-    samples = list(
-        decode(codec, sample_latents(codec, n_samples, seed=0), [f"sample-{i:03d}" for i in range(n_samples)])
-    )
-    held = [c for c, d in zip(result.crystals, result.reconstructed, strict=True) if d.crystal is not None][:2]
-    frames = []
-    if steps and len(held) == 2:
-        start, stop = encode(codec, held)
-        frames = list(decode(codec, interpolate_latents(start, stop, steps), [f"step-{i:02d}" for i in range(steps)]))
-    return {"samples": samples, "interpolation": frames}
-
-
-def _metrics(result: Evaluation, look: dict[str, list[Any]]) -> dict[str, Any]:
-    from dist_train.crystal.metrics import structure_valid
-
-    systems = result.summary()
-    samples = [decoded.crystal for decoded in look["samples"] if decoded.crystal is not None]
-    return {
-        **systems["model"],
-        "match_rate_nearest_training": systems["nearest_training"]["match_rate"],
-        "match_rate_ceiling": systems["ceiling"]["match_rate"],
-        "nearest_training": systems["nearest_training"],
-        "ceiling": systems["ceiling"],
-        "by_number_of_atoms": [{"atoms": size, "crystals": n, **rates} for size, n, rates in result.by_size()],
-        "n_samples": len(look["samples"]),
-        "samples_decoded": len(samples),
-        "samples_structurally_valid": sum(map(structure_valid, samples)),
-        "samples_distinct_compositions": len({crystal.formula for crystal in samples}),
-    }
-
-
-def _write_evaluation(
-    out: Path, model: str, split: str, result: Evaluation, look: dict[str, list[Any]], metrics: dict[str, Any]
-) -> None:
-    from dist_train.crystal.cif import write_cif
-    from dist_train.evaluate_report import write_evaluation_report
-
-    shutil.rmtree(out / "cifs", ignore_errors=True)
-    groups = {"reconstructed": result.reconstructed, **look}
-    for group, decoded in groups.items():
-        folder = out / "cifs" / group
-        folder.mkdir(parents=True, exist_ok=True)
-        for item in decoded:
-            if item.crystal is not None:
-                name = "".join(c if c.isalnum() or c in "-_." else "_" for c in item.crystal.id)
-                (folder / f"{name}.cif").write_text(write_cif(item.crystal))
-    write_text(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
-    write_evaluation_report(out / "report.html", f"{model} on the {split} split", result, look, metrics)
-
-
-def generate(
-    task: str, inputs: Sequence[str], model: str, tracking_uri: str | None, out: Path, n: int, steps: int, seed: int
-) -> str:
-    """Reconstruct, sample or interpolate; writes CIF files, returns a summary."""
-    from dist_train.crystal.cif import write_cif
-    from dist_train.crystal.voxelize import representable
-    from dist_train.generate import decode, encode, interpolate_latents, reconstruct, sample_latents
-
-    codec = load_codec(model, tracking_uri)
-    crystals = read_crystals(inputs, codec.model.grid) if inputs else []
-    if task == "sample":
-        ids = [f"sample-{seed}-{i:05d}" for i in range(n)]
-        decoded = list(decode(codec, sample_latents(codec, n, seed), ids))
-    elif task == "interpolate":
-        if len(crystals) != 2:
-            raise DataError(f"interpolate takes two crystals, {len(crystals)} were given")
-        start, stop = encode(codec, [representable(crystal, codec.model.grid) for crystal in crystals])
-        ids = [f"step-{i:02d}" for i in range(steps)]
-        decoded = list(decode(codec, interpolate_latents(start, stop, steps), ids))
-    else:
-        decoded, ids = reconstruct(codec, crystals), [crystal.id.replace("/", "_") for crystal in crystals]
-    for id, item in zip(ids, decoded, strict=True):
-        if item.crystal is not None:
-            write_text(out / f"{id}.cif", write_cif(item.crystal))
-    failed = [f"\n  {id}: {item.reason}" for id, item in zip(ids, decoded, strict=True) if item.crystal is None]
-    return f"{len(ids) - len(failed)} of {len(ids)} crystals written to {out}" + "".join(failed)

@@ -1,0 +1,136 @@
+"""The verbs that use models: evaluate and generate."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dist_train.config import GridSpec
+from dist_train.crystal.cif import write_cif
+from dist_train.crystal.metrics import structure_valid
+from dist_train.crystal.structure import Crystal
+from dist_train.crystal.voxelize import representable
+from dist_train.errors import ConfigError, CrystalError, DataError
+from dist_train.evaluate import Evaluation
+from dist_train.evaluate import evaluate as evaluate_model
+from dist_train.evaluate_report import write_evaluation_report
+from dist_train.files import write_text
+from dist_train.generate import decode, encode, interpolate_latents, reconstruct, sample_latents
+from dist_train.models.export import read_bundle
+from dist_train.models.reconstruct import Codec
+from dist_train.progress import Progress
+from dist_train.shards.index import Index
+from dist_train.shards.plan import discover, read_chunk
+from dist_train.shards.reader import ShardReader
+
+
+def load_codec(model: str, tracking_uri: str | None) -> Codec:
+    """The model of a bundle folder or of a registry entry 'models:/NAME@ALIAS', ready for use."""
+    if not model.startswith("models:/"):
+        return Codec(read_bundle(Path(model))[0])
+    if not tracking_uri:
+        raise ConfigError(f"{model} is in a registry: give --tracking-uri or set MLFLOW_TRACKING_URI")
+    from dist_train.backends.mlflow_tracker import pull
+
+    with tempfile.TemporaryDirectory() as folder:
+        return Codec(read_bundle(pull(tracking_uri, model, Path(folder)))[0])
+
+
+def read_crystals(inputs: Iterable[str], grid: GridSpec) -> list[Crystal]:
+    """The crystals of CIF folders, files and Parquet tables. Raises CrystalError for the first that can't be read."""
+    crystals = []
+    for chunk in discover(inputs):
+        for _, file, crystal in read_chunk(chunk, grid.max_atoms):
+            if isinstance(crystal, CrystalError):
+                raise CrystalError(f"{chunk.root / file}: {crystal}")
+            crystals.append(crystal)
+    return crystals
+
+
+def evaluate(
+    model: str, tracking_uri: str | None, shards: Path, split: str, out: Path, workers: int, n_samples: int, steps: int
+) -> dict[str, Any]:
+    """Evaluate a model on a split of shards; writes metrics.json, report.html and CIF files, returns the metrics."""
+    codec, index = load_codec(model, tracking_uri), Index.read(shards)
+    test, training = ShardReader(index, split), ShardReader(index, "train")
+    crystals = [test.crystal(place) for place in range(len(test))]
+    candidates = [training.crystal(place) for place in range(len(training))]
+    spec = GridSpec.model_validate(index.config["grid"])
+    with Progress("evaluate", 5 * len(crystals), "comparisons") as progress:
+        result = evaluate_model(codec, crystals, candidates, spec, workers, lambda stage, n: progress.update(n, stage=stage))
+    look = _look_around(codec, result, n_samples, steps)
+    metrics = _metrics(result, look)
+    _write_evaluation(out, model, split, result, look, metrics)
+    return metrics
+
+
+def _look_around(codec: Codec, result: Evaluation, n_samples: int, steps: int) -> dict[str, list[Any]]:
+    """Samples, and the way between the first two reconstructed test crystals, as lists of `Decoded`."""
+    samples = list(decode(codec, sample_latents(codec, n_samples, seed=0), [f"sample-{i:03d}" for i in range(n_samples)]))
+    held = [c for c, d in zip(result.crystals, result.reconstructed, strict=True) if d.crystal is not None][:2]
+    frames = []
+    if steps and len(held) == 2:
+        start, stop = encode(codec, held)
+        frames = list(decode(codec, interpolate_latents(start, stop, steps), [f"step-{i:02d}" for i in range(steps)]))
+    return {"samples": samples, "interpolation": frames}
+
+
+def _metrics(result: Evaluation, look: dict[str, list[Any]]) -> dict[str, Any]:
+    systems = result.summary()
+    samples = [decoded.crystal for decoded in look["samples"] if decoded.crystal is not None]
+    return {
+        **systems["model"],
+        "match_rate_nearest_training": systems["nearest_training"]["match_rate"],
+        "match_rate_ceiling": systems["ceiling"]["match_rate"],
+        "nearest_training": systems["nearest_training"],
+        "ceiling": systems["ceiling"],
+        "by_number_of_atoms": [{"atoms": size, "crystals": n, **rates} for size, n, rates in result.by_size()],
+        "n_samples": len(look["samples"]),
+        "samples_decoded": len(samples),
+        "samples_structurally_valid": sum(map(structure_valid, samples)),
+        "samples_distinct_compositions": len({crystal.formula for crystal in samples}),
+    }
+
+
+def _write_evaluation(
+    out: Path, model: str, split: str, result: Evaluation, look: dict[str, list[Any]], metrics: dict[str, Any]
+) -> None:
+    shutil.rmtree(out / "cifs", ignore_errors=True)
+    groups = {"reconstructed": result.reconstructed, **look}
+    for group, decoded in groups.items():
+        folder = out / "cifs" / group
+        folder.mkdir(parents=True, exist_ok=True)
+        for item in decoded:
+            if item.crystal is not None:
+                name = "".join(c if c.isalnum() or c in "-_." else "_" for c in item.crystal.id)
+                (folder / f"{name}.cif").write_text(write_cif(item.crystal))
+    write_text(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    write_evaluation_report(out / "report.html", f"{model} on the {split} split", result, look, metrics)
+
+
+def generate(
+    task: str, inputs: Sequence[str], model: str, tracking_uri: str | None, out: Path, n: int, steps: int, seed: int
+) -> str:
+    """Reconstruct, sample or interpolate; writes CIF files, returns a summary."""
+    codec = load_codec(model, tracking_uri)
+    crystals = read_crystals(inputs, codec.model.grid) if inputs else []
+    if task == "sample":
+        ids = [f"sample-{seed}-{i:05d}" for i in range(n)]
+        decoded = list(decode(codec, sample_latents(codec, n, seed), ids))
+    elif task == "interpolate":
+        if len(crystals) != 2:
+            raise DataError(f"interpolate takes two crystals, {len(crystals)} were given")
+        start, stop = encode(codec, [representable(crystal, codec.model.grid) for crystal in crystals])
+        ids = [f"step-{i:02d}" for i in range(steps)]
+        decoded = list(decode(codec, interpolate_latents(start, stop, steps), ids))
+    else:
+        decoded, ids = reconstruct(codec, crystals), [crystal.id.replace("/", "_") for crystal in crystals]
+    for id, item in zip(ids, decoded, strict=True):
+        if item.crystal is not None:
+            write_text(out / f"{id}.cif", write_cif(item.crystal))
+    failed = [f"\n  {id}: {item.reason}" for id, item in zip(ids, decoded, strict=True) if item.crystal is None]
+    return f"{len(ids) - len(failed)} of {len(ids)} crystals written to {out}" + "".join(failed)
