@@ -25,6 +25,7 @@ SETTINGS = (
     "model.unet_levels=2",
     "train.epochs=3",
     "train.global_batch_size=12",
+    "train.unet_share=0.5",
     "train.warmup_steps=2",
     "train.log_every=1",
     "train.validate_every=4",

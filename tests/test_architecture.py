@@ -61,6 +61,7 @@ def layer(module: str) -> int:
     assert found, f"{module} has no layer: add it to LAYERS"
     return found[0]
 
+
 FORBIDDEN = ("torch.load", "pickle.load", "pickle.loads", "cloudpickle.loads", "joblib.load", "eval", "exec")
 
 

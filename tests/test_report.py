@@ -21,9 +21,7 @@ from dist_train.report import Figure, Pair, Table, write_report
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome is installed")
 
-PIXEL = base64.b64decode(
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
-)
+PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
 DASH = "\N{EN DASH}"
 HOSTILE = "</script><script>document.title='taken'</script><!-- {{css}} &amp; \" ' \u2028 https://example.org"
 
@@ -206,9 +204,7 @@ def browse(report: Path, before: str, after: str, *flags: str, seconds: int = 60
     copy.write_text(head + after + body + end, encoding="utf-8")
     command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={report.parent / 'profile'}", *flags, copy.as_uri()]
     quiet = subprocess.DEVNULL
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=quiet, stdin=quiet, start_new_session=True
-    ) as browser:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=quiet, stdin=quiet, start_new_session=True) as browser:
         try:
             dom, _ = browser.communicate(timeout=seconds)
         finally:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dist_train.config import RunConfig
-from dist_train.errors import ConfigError
+from dist_train.errors import ConfigError, DistTrainError
 from dist_train.models.autoencoder import CrystalAutoencoder, CrystalBatch
 from dist_train.models.objectives import JointObjective, Noise
 from dist_train.training.checkpoint import load_tensors
@@ -46,7 +46,13 @@ def init_process_group() -> tuple[int, int]:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # Without this DeepSpeed compiles a shared-memory collective (over a minute) that gloo does as well.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    try:
+        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    except torch.distributed.DistNetworkError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise DistTrainError(
+            f"the ranks can't meet at {where}: {str(error).splitlines()[0]}; give the launcher a free --master_port"
+        ) from None
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 

@@ -70,6 +70,10 @@ def check_training(config: RunConfig, ranks: int) -> Index:
     if config.engine.name == "torch" and ranks > 1:
         raise ConfigError(f"engine.name 'torch' runs one process, {ranks} were started; set engine.name=deepspeed")
     check_batch(config, ranks)
+    if config.engine.name == "deepspeed":
+        from dist_train.backends.deepspeed_engine import deepspeed_config
+
+        deepspeed_config(config, ranks)
     index = Index.read(config.data.shards)
     grid = config.grid.model_dump(mode="json")
     differing = [key for key, value in grid.items() if index.config["grid"][key] != value]
@@ -137,7 +141,6 @@ def _engine(config: RunConfig, model: CrystalAutoencoder) -> Engine:
 
 def build_model(config: RunConfig, index: Index, reader: ShardReader) -> CrystalAutoencoder:
     """A fresh model for the elements and the statistics of the training split; equal on every rank."""
-
     batch = collate([reader[place] for place in range(min(len(reader), STATISTICS_SAMPLES))])
     density = batch.density_BCDHW.float()
     log_count = batch.composition_BZ.sum(1).log()
@@ -219,7 +222,6 @@ def _finish(
 
 def _fit_prior(codec: Codec, reader: ShardReader) -> None:
     """Fit the Gaussian that samples are drawn from to the latents of the training crystals."""
-
     latents = encode(codec, [reader.crystal(place) for place in range(min(len(reader), PRIOR_SAMPLES))]).cpu().double()
     centred = latents - latents.mean(0)
     covariance = centred.T @ centred / max(len(latents) - 1, 1)

@@ -30,9 +30,14 @@ def species_voxels(species_BDHW: Tensor, background_ratio: float, uniform_BDHW: 
     return foreground | (uniform_BDHW < background_ratio * share / (1.0 - share).clamp(min=1e-6))
 
 
-def species_cross_entropy(logits_NK: Tensor, classes_N: Tensor) -> Tensor:
-    """Mean cross entropy in nats over the chosen voxels; integer labels, no one-hot targets."""
-    return cross_entropy(logits_NK.float(), classes_N)
+def species_cross_entropy(logits_NK: Tensor, classes_N: Tensor, crystal_N: Tensor) -> Tensor:
+    """Cross entropy in nats: mean over each crystal's voxels, then over crystals; integer labels, no one-hot targets.
+
+    crystal_N: the crystal of each voxel, rising. Every crystal counts alike, so the mean over ranks is that of the batch.
+    """
+    voxels = torch.bincount(crystal_N)
+    weights = 1.0 / (voxels * (voxels > 0).sum()).float()
+    return (cross_entropy(logits_NK.float(), classes_N, reduction="none") * weights[crystal_N]).sum()
 
 
 def reparameterise(latent: Latent, noise: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
 
 import torch
 from torch import Tensor, nn
@@ -22,31 +21,39 @@ from dist_train.models.vae import Decoding
 
 @dataclass(frozen=True)
 class Noise:
-    """The random numbers of one rank's step: latent_BL normal, voxels_bDHW uniform in [0, 1) for b U-Net crystals."""
+    """The random numbers of a batch of B crystals, b of which the U-Net sees.
+
+    latent_BL: normal; seen_b: places of those crystals in the batch; voxels_bDHW: uniform in [0, 1), one grid each.
+    """
 
     latent_BL: Tensor
+    seen_b: Tensor
     voxels_bDHW: Tensor
 
 
-def step_noise(
-    seed: int, step: int, batch: int, rank: int, ranks: int, latent: int, shape: int, share: float, device: torch.device
-) -> Noise:
-    """Noise of a rank's slice, a pure function of (seed, step): drawn for the global batch, so resuming repeats it.
+def step_noise(seed: int, step: int, positions: range, share: float, latent: int, shape: int, device: torch.device) -> Noise:
+    """Noise of the crystals at some positions of a step's global batch.
 
-    batch: crystals a rank; share: of them the U-Net sees. Drawn on the CPU, so that every device sees the same numbers.
+    Each crystal's numbers are a pure function of (seed, step, position): resuming repeats them, and neither they nor the
+    choice of the crystals that the U-Net sees depend on the number of ranks. Drawn on the CPU, so that every device sees
+    the same. share: of the crystals that the U-Net sees, evenly spread; share * len(positions) is a whole number.
     """
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
-    normal = torch.randn(batch * ranks, latent, generator=generator)[rank * batch : (rank + 1) * batch]
-    generator.manual_seed(((seed * 1_000_003 + step) * 4099 + rank + 1) % 2**63)
-    uniform = torch.rand(ceil(batch * share), shape, shape, shape, generator=generator)
-    return Noise(normal.to(device), uniform.to(device))
+    generator = torch.Generator()
+    size, seen = len(positions), round(share * len(positions))
+    chosen = [place for place in range(size) if (place + 1) * seen // size > place * seen // size]
+    latents, voxels = [], []
+    for place, position in enumerate(positions):
+        generator.manual_seed(((seed * 1_000_003 + step) * 1_000_003 + position) % 2**63)
+        latents.append(torch.randn(latent, generator=generator))
+        if place in chosen:
+            voxels.append(torch.rand(shape, shape, shape, generator=generator))
+    return Noise(torch.stack(latents).to(device), torch.tensor(chosen, device=device), torch.stack(voxels).to(device))
 
 
 class JointObjective(nn.Module):
     """Model and loss in one module, so that an engine wraps a single `forward(batch, noise) -> (loss, parts)`.
 
-    The U-Net sees the first crystals of the batch only (their order is random); validation passes noise of zeros and
-    uniform numbers for all crystals.
+    The U-Net, which costs most, sees a share of the crystals only; their order is random.
     """
 
     def __init__(self, model: CrystalAutoencoder, train: TrainConfig, device: torch.device, dtype: torch.dtype) -> None:
@@ -65,7 +72,7 @@ class JointObjective(nn.Module):
         log_count = (batch.composition_BZ.sum(1).log() - self.scale.count_mean) / self.scale.count_std
         parts = {
             "density": squared_error(decoding.density_BCDHW, density),
-            "species": self._species(decoding, batch.species_BDHW, noise.voxels_bDHW),
+            "species": self._species(decoding, batch.species_BDHW, noise),
             "kl": gaussian_kl(posterior),
             "lattice": squared_error(decoding.cell_B6, cell),
             "count": squared_error(decoding.log_count_B, log_count),
@@ -74,12 +81,11 @@ class JointObjective(nn.Module):
         loss = torch.stack([getattr(self.weights, name) * part for name, part in parts.items()]).sum()
         return loss, {name: part.detach() for name, part in parts.items()}
 
-    def _species(self, decoding: Decoding, species_BDHW: Tensor, uniform_bDHW: Tensor) -> Tensor:
-        b = len(uniform_bDHW)
-        species = species_BDHW[:b]
-        mask = species_voxels(species, self.background_ratio, uniform_bDHW)
-        features = self.model.unet(decoding.density_BCDHW[:b]).movedim(1, -1)[mask]
-        gate = composition_gate(decoding.composition_BE[:b].float())
+    def _species(self, decoding: Decoding, species_BDHW: Tensor, noise: Noise) -> Tensor:
+        species = species_BDHW[noise.seen_b]
+        mask = species_voxels(species, self.background_ratio, noise.voxels_bDHW)
+        features = self.model.unet(decoding.density_BCDHW[noise.seen_b]).movedim(1, -1)[mask]
+        gate = composition_gate(decoding.composition_BE[noise.seen_b].float())
         crystal_of_voxel = mask.nonzero()[:, 0]
         logits = self.model.unet.classify(features).float() + gate[crystal_of_voxel]
-        return species_cross_entropy(logits, self.scale.class_of_z[species[mask].long()])
+        return species_cross_entropy(logits, self.scale.class_of_z[species[mask].long()], crystal_of_voxel)

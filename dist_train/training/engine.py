@@ -170,8 +170,14 @@ class TorchEngine:
 
 
 def check_batch(config: RunConfig, ranks: int) -> int:
-    """Crystals a rank takes of each global batch. Raises ConfigError where they don't divide evenly."""
-    batch = config.train.global_batch_size
+    """Crystals a rank takes of each global batch. Raises ConfigError where they, or the U-Net's share, don't divide."""
+    batch, share = config.train.global_batch_size, config.train.unet_share
     if batch % ranks:
         raise ConfigError(f"train.global_batch_size {batch} can't be divided among {ranks} ranks; set a multiple of {ranks}")
+    seen = batch // ranks * share
+    if seen < 1 or abs(seen - round(seen)) > 1e-6:
+        raise ConfigError(
+            f"train.unet_share {share} of the {batch // ranks} crystals of each of {ranks} ranks is {seen:.4g}, not a whole "
+            "number; set another share or train.global_batch_size"
+        )
     return batch // ranks

@@ -58,12 +58,12 @@ def fit(
 
 
 def _noise(config: RunConfig, engine: Engine, step: int) -> Noise:
+    """The noise of this rank's slice of a step's global batch."""
     model, share = engine.objective.model, config.train.global_batch_size // engine.ranks
     assert isinstance(model.grid.shape, int)
-    return step_noise(
-        config.seed, step, share, engine.rank, engine.ranks, model.model.latent, model.grid.shape,
-        config.train.unet_share, engine.device,
-    )  # fmt: skip
+    positions = range(engine.rank * share, (engine.rank + 1) * share)
+    latent, shape = model.model.latent, model.grid.shape
+    return step_noise(config.seed, step, positions, config.train.unet_share, latent, shape, engine.device)
 
 
 def _nonfinite_message(in_a_row: int, step: int, train: ShardReader, plan: BatchPlan) -> str:
@@ -143,6 +143,8 @@ def _validate_batch(config: RunConfig, engine: Engine, codec: Codec, batch: Crys
     """Loss and parts of one batch at the posterior mean."""
     model, size = codec.model, len(batch.composition_BZ)
     assert isinstance(model.grid.shape, int)
-    noise = step_noise(config.seed, start, size, 0, 1, model.model.latent, model.grid.shape, 1.0, engine.device)
-    loss, parts = engine.objective(batch.to(engine.device), Noise(torch.zeros_like(noise.latent_BL), noise.voxels_bDHW))
+    positions = range(start, start + size)
+    noise = step_noise(config.seed, 0, positions, 1.0, model.model.latent, model.grid.shape, engine.device)
+    at_the_mean = replace(noise, latent_BL=torch.zeros_like(noise.latent_BL))
+    loss, parts = engine.objective(batch.to(engine.device), at_the_mean)
     return {"loss": float(loss), **{name: float(value) for name, value in parts.items()}}

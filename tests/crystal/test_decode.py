@@ -113,6 +113,17 @@ def test_positions_come_from_the_density_and_not_from_the_votes_alone(sample_tab
     assert errors.max() < 0.001  # the votes are 0.035 A away
 
 
+def test_a_density_of_nothing_real_cannot_pull_atoms_away(sample_table: SampleTable) -> None:
+    rng = np.random.default_rng(0)
+    for crystal in sample_table("perov_5")[:1000:100]:
+        crystal = representable(crystal, COARSE)
+        density, species, probability = fields_of(crystal, COARSE)
+        scrambled = rng.permutation(density.ravel()).reshape(density.shape)
+        errors = errors_A(decode("c", scrambled, species, probability, crystal.lattice_A, COARSE), crystal)
+        assert errors is not None
+        assert errors.max() < 0.2  # 0.5 where the residual doesn't weigh the density
+
+
 @pytest.mark.parametrize("table", ["perov_5", "materials_project"])
 def test_order_of_atoms_does_not_matter(sample_table: SampleTable, table: str) -> None:
     spec = COARSE if table == "perov_5" else ADAPTIVE
@@ -150,9 +161,14 @@ def test_atom_on_the_border_of_the_cell_is_one_atom() -> None:
     assert_recovered(crystal, COARSE)
 
 
-def test_close_unlike_atoms_stay_two() -> None:
-    crystal = Crystal("OH", np.eye(3) * 4.8, np.array([[0.1, 0.1, 0.1], [0.1 + 0.96 / 4.8, 0.1, 0.1]]), np.array([8, 1]))
-    assert_recovered(crystal, GridSpec(shape=16))
+@pytest.mark.parametrize(("numbers", "bond_A"), [((1, 1), 0.74), ((8, 1), 0.96), ((7, 7), 1.1), ((7, 6), 1.15)])
+def test_bonds_of_molecules_stay_two_atoms(numbers: tuple[int, int], bond_A: float) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        first, bond = rng.random(3), rng.normal(size=3)
+        second = first + bond / np.linalg.norm(bond) * bond_A / 4.6
+        crystal = Crystal("molecule", np.eye(3) * 4.6, np.stack([first, second]), np.array(numbers))
+        assert_recovered(crystal, GridSpec(shape=16))
 
 
 # Fields that hold no crystal

@@ -539,9 +539,7 @@ def test_parquet_unusable_tables(tmp_path: Path) -> None:
 
 def test_parquet_row_without_id_is_named_by_its_number(tmp_path: Path) -> None:
     path = table(tmp_path / "t.parquet", [row("r"), row("s") | {"id": None}])
-    assert [crystal.id for crystal in interop.read_parquet_rows(path, 0, 2) if isinstance(crystal, Crystal)][
-        1
-    ] == "row 1"
+    assert [crystal.id for crystal in interop.read_parquet_rows(path, 0, 2) if isinstance(crystal, Crystal)][1] == "row 1"
 
 
 def test_perovskites_of_the_sample() -> None:

@@ -102,9 +102,7 @@ def test_species_partners_are_one_to_one() -> None:
 
 def test_missing_atom() -> None:
     """Four atoms of five: the lost oxygen is wrong, and its nearest neighbour is 2 A away."""
-    result = compare(
-        PEROVSKITE, replace(PEROVSKITE, frac_N3=PEROVSKITE.frac_N3[:4], numbers_N=PEROVSKITE.numbers_N[:4])
-    )
+    result = compare(PEROVSKITE, replace(PEROVSKITE, frac_N3=PEROVSKITE.frac_N3[:4], numbers_N=PEROVSKITE.numbers_N[:4]))
     assert (result.n_predicted, result.count_ok, result.species_correct, result.match) == (4, False, 4, False)
     assert result.position_error_A == pytest.approx((2.0 / 5 + 0.0) / 2)
 
@@ -156,9 +154,7 @@ def test_failed_decode_is_a_miss_everywhere(predicted: Crystal | None) -> None:
 def test_oblique_cells_are_compared_quickly_and_exactly() -> None:
     """The same crystal in a very skewed cell: distances are those of the compact one."""
     shear = np.array([[1, 0, 0], [9, 1, 0], [-7, 8, 1]])
-    skewed = replace(
-        PEROVSKITE, lattice_A=shear @ PEROVSKITE.lattice_A, frac_N3=PEROVSKITE.frac_N3 @ np.linalg.inv(shear)
-    )
+    skewed = replace(PEROVSKITE, lattice_A=shear @ PEROVSKITE.lattice_A, frac_N3=PEROVSKITE.frac_N3 @ np.linalg.inv(shear))
     moved = replace(skewed, frac_N3=(skewed.cart_N3 + np.array([0.3, 0, 0])) @ np.linalg.inv(skewed.lattice_A))
     assert structure_valid(skewed)
     result = compare(skewed, moved)
@@ -225,9 +221,7 @@ def test_summary_without_numbers_is_json() -> None:
 def test_processes_change_nothing(workers: int) -> None:
     """Results in the order of the pairs, progress up to the last one."""
     crystals = samples(20)
-    pairs: list[tuple[Crystal, Crystal | None]] = [
-        (true, None if n % 5 == 0 else true) for n, true in enumerate(crystals)
-    ]
+    pairs: list[tuple[Crystal, Crystal | None]] = [(true, None if n % 5 == 0 else true) for n, true in enumerate(crystals)]
     seen: list[int] = []
     results = compare_all(iter(pairs), workers, seen.append)
     assert results == [compare(*pair) for pair in pairs]

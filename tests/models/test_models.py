@@ -23,8 +23,8 @@ from dist_train.models.autoencoder import (
 )
 from dist_train.models.blocks import Down, PeriodicConv, pixel_shuffle_3d
 from dist_train.models.export import read_bundle, write_bundle
-from dist_train.models.losses import gaussian_kl, species_voxels, squared_error
-from dist_train.models.objectives import JointObjective, step_noise
+from dist_train.models.losses import gaussian_kl, species_cross_entropy, species_voxels, squared_error
+from dist_train.models.objectives import JointObjective, Noise, step_noise
 from dist_train.models.unet import AttentionUNet
 from dist_train.models.vae import Latent
 
@@ -114,21 +114,37 @@ def test_species_loss_looks_at_all_atoms_and_the_stated_share_of_background() ->
 def test_loss_is_the_weighted_sum_of_its_parts_and_reaches_every_parameter() -> None:
     weights = LossWeights(density=2.0, species=0.3, kl=0.01, lattice=0.4, count=0.5, composition=0.6)
     objective = JointObjective(make_model(), TrainConfig(loss=weights), CPU, torch.float32)
-    loss, parts = objective(make_batch(), step_noise(0, 0, 3, 0, 1, 6, 12, 1.0, CPU))
+    loss, parts = objective(make_batch(), step_noise(0, 0, range(3), 1.0, 6, 12, CPU))
     assert loss.item() == pytest.approx(sum(getattr(weights, name) * part.item() for name, part in parts.items()))
     loss.backward()
     without = [name for name, p in objective.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not without
 
 
-def test_noise_is_a_function_of_seed_and_step_and_ranks_share_it_out() -> None:
-    def noise(rank: int, ranks: int, step: int = 5) -> torch.Tensor:
-        return step_noise(3, step, 8 // ranks, rank, ranks, 6, 12, 0.5, CPU).latent_BL
+def test_noise_is_a_function_of_seed_and_step_and_position_whatever_the_ranks() -> None:
+    def noise(rank: int, ranks: int, step: int = 5) -> Noise:
+        share = 8 // ranks
+        return step_noise(3, step, range(rank * share, (rank + 1) * share), 0.5, 6, 12, CPU)
 
-    assert torch.equal(noise(0, 1), noise(0, 1))
-    assert not torch.equal(noise(0, 1), noise(0, 1, step=6))
+    whole = noise(0, 1)
+    assert torch.equal(whole.latent_BL, noise(0, 1).latent_BL)
+    assert not torch.equal(whole.latent_BL, noise(0, 1, step=6).latent_BL)
+    assert len(whole.seen_b) == len(whole.voxels_bDHW) == 4
     for ranks in (2, 4):
-        assert torch.equal(torch.cat([noise(rank, ranks) for rank in range(ranks)]), noise(0, 1))
+        parts = [noise(rank, ranks) for rank in range(ranks)]
+        assert torch.equal(torch.cat([part.latent_BL for part in parts]), whole.latent_BL)
+        assert torch.equal(torch.cat([part.voxels_bDHW for part in parts]), whole.voxels_bDHW)
+        seen = torch.cat([part.seen_b + rank * 8 // ranks for rank, part in enumerate(parts)])
+        assert torch.equal(seen, whole.seen_b)
+
+
+def test_species_loss_of_a_batch_is_the_mean_of_its_halves() -> None:
+    """What ranks need: crystals with many voxels and with few count alike."""
+    logits, classes = torch.randn(9, 4), torch.randint(4, (9,))
+    crystal = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 1])
+    whole = species_cross_entropy(logits, classes, crystal)
+    halves = [species_cross_entropy(logits[c], classes[c], crystal[c] * 0) for c in (crystal == 0, crystal == 1)]
+    assert whole.item() == pytest.approx(sum(half.item() for half in halves) / 2)
 
 
 def test_cell_numbers_and_parameters_are_inverse() -> None:

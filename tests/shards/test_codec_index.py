@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -64,7 +64,6 @@ def real_sample() -> tuple[Crystal, VoxelGrid]:
 # Members
 
 
-@settings(deadline=None)
 @given(hnp.arrays(hnp.scalar_dtypes(), hnp.array_shapes(min_dims=1, max_dims=4, max_side=5)))
 def test_an_npy_member_gives_back_the_array(array: np.ndarray) -> None:
     stream = io.BytesIO()
@@ -117,7 +116,6 @@ def test_a_cut_npy_is_an_error() -> None:
             read_npy(memoryview(data[:size]))
 
 
-@settings(deadline=None)
 @given(st.lists(st.binary(max_size=1300), max_size=6))
 def test_offsets_of_members_are_those_that_tarfile_finds(contents: list[bytes]) -> None:
     stream = io.BytesIO()
@@ -264,7 +262,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Index:
     return write_shards(tmp_path_factory.mktemp("whole"), CUBE)
 
 
-@settings(deadline=None)
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_verify_finds_any_flipped_bit(whole: Index, place: float, bit: int) -> None:
     path = whole.root / whole.shards[0].name

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_train.config import DataConfig, GridSpec
@@ -209,7 +209,6 @@ def test_chunks_of_a_table_are_its_rows() -> None:
 # splits
 
 
-@settings(deadline=None)
 @given(formulas)
 def test_the_hash_of_a_formula_is_a_fraction_that_never_changes(formula: str) -> None:
     assert 0 <= unit_hash("split", formula) < 1
@@ -222,7 +221,6 @@ def test_the_hash_is_the_one_that_shards_were_written_with() -> None:
     assert unit_hash("ab", "c") != unit_hash("a", "bc")
 
 
-@settings(deadline=None)
 @given(formulas, st.lists(st.integers(1, 50), min_size=2, max_size=5))
 def test_a_formula_keeps_its_split_when_the_first_share_grows(formula: str, weights: list[int]) -> None:
     splits = {f"s{i}": weight / sum(weights) for i, weight in enumerate(weights)}
@@ -277,7 +275,6 @@ def ids_of(tasks: list[ShardTask]) -> list[str]:
     return [row.id for task in tasks for row in task.rows]
 
 
-@settings(deadline=None)
 @given(scans(), st.integers(1, 6))
 def test_every_row_is_planned_once_or_rejected_as_doubled(
     scanned: tuple[list[ScanResult], list[Chunk]], samples_per_shard: int
@@ -291,7 +288,6 @@ def test_every_row_is_planned_once_or_rejected_as_doubled(
     assert all("already taken" in r.reason for r in rejected)
 
 
-@settings(deadline=None)
 @given(scans(), st.integers(1, 6))
 def test_shards_are_full_and_numbered(scanned: tuple[list[ScanResult], list[Chunk]], samples_per_shard: int) -> None:
     tasks, _ = plan_shards(*scanned, config(samples_per_shard))
@@ -305,7 +301,6 @@ def test_shards_are_full_and_numbered(scanned: tuple[list[ScanResult], list[Chun
         assert all(1 <= len(task.rows) <= samples_per_shard for task in mine[-1:])
 
 
-@settings(deadline=None)
 @given(scans(), st.permutations(range(5)))
 def test_the_plan_does_not_depend_on_the_order_of_chunks(
     scanned: tuple[list[ScanResult], list[Chunk]], order: list[int]

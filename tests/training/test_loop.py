@@ -37,9 +37,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def losses(run: Path) -> dict[int, float]:
-    return {
-        r["step"]: r["metrics"]["train/loss"] for r in read_spool(run / "metrics.jsonl") if "train/loss" in r["metrics"]
-    }
+    return {r["step"]: r["metrics"]["train/loss"] for r in read_spool(run / "metrics.jsonl") if "train/loss" in r["metrics"]}
 
 
 def test_resumed_run_equals_uninterrupted_one_bit_for_bit(shards: Path, tmp_path: Path) -> None:

@@ -1,0 +1,304 @@
+"""The command line as a user meets it: help that is there at once, and errors of one line that say what to do."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dist_train.config import GridSpec, RunConfig, load_config
+from dist_train.files import sha256
+from dist_train.shards.index import Index
+from dist_train.shards.plan import Chunk, ShardTask, scan_chunk
+from dist_train.shards.writer import build_shard
+
+ROOT = Path(__file__).parents[1]
+SAMPLE = ROOT / "data" / "sample"
+VERBS = ("demo", "config", "voxelize", "verify", "train", "register", "evaluate", "generate")
+LIMIT_S = 60
+TRAINING_CRYSTALS = 8
+
+
+def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """`dist-train ARGUMENTS`, ended with all its descendants when it takes too long."""
+    hidden = {"MLFLOW_TRACKING_URI", "RANK", "WORLD_SIZE", "LOCAL_RANK", "RAY_ADDRESS"}
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    command = [sys.executable, "-m", "dist_train", *arguments]
+    process = subprocess.Popen(
+        command, cwd=cwd, env=environment, start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(timeout=LIMIT_S)
+    finally:
+        if process.poll() is None:
+            root = psutil.Process(process.pid)
+            for running in (root, *root.children(recursive=True)):
+                with suppress(psutil.NoSuchProcess):
+                    running.kill()
+            process.communicate()
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def error_of(done: subprocess.CompletedProcess[str]) -> str:
+    """The message of a run that has to have failed as a user's error does: code 2, one such line, no traceback."""
+    assert done.returncode == 2, done
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("dist-train: error:")]
+    assert len(lines) == 1, done.stderr
+    return done.stderr[done.stderr.index(lines[0]) + len("dist-train: error: ") :].rstrip()
+
+
+def sets(*settings: str) -> list[str]:
+    return [part for setting in settings for part in ("--set", setting)]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): sha256(path) for path in folder.rglob("*") if path.is_file()}
+
+
+# Help
+
+
+def test_the_console_script_answers() -> None:
+    script = Path(sys.executable).with_name("dist-train")
+    if not script.exists():
+        pytest.skip("the package is not installed beside this Python")
+    done = subprocess.run([script, "--help"], capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert all(f"\n    {verb} " in done.stdout for verb in VERBS)
+
+
+def test_help_of_every_verb_imports_no_engine() -> None:
+    script = f"""
+import sys
+from dist_train.cli import main
+for arguments in ([], *([verb] for verb in {VERBS})):
+    try:
+        main([*arguments, "--help"])
+    except SystemExit as end:
+        assert end.code == 0, arguments
+    else:
+        raise AssertionError(arguments)
+heavy = {{"ray", "deepspeed", "mlflow", "torch", "pymatgen", "scipy", "pydantic", "numpy"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=LIMIT_S)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("usage: ") == 1 + len(VERBS)
+    assert all(f" {verb} [-h]" in done.stdout for verb in VERBS)
+
+
+def test_version() -> None:
+    done = run("--version")
+    assert done.returncode == 0
+    assert done.stdout.startswith("dist-train ")
+
+
+def test_a_verb_that_is_none_and_an_option_that_is_none() -> None:
+    for arguments in ((), ("trian",), ("train", "--confg", "x.yaml")):
+        done = run(*arguments)
+        assert done.returncode == 2
+        assert "usage: dist-train" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+# Run files
+
+
+@pytest.mark.parametrize("name", ["demo", "families"])
+def test_config_prints_what_it_reads_back(name: str, tmp_path: Path) -> None:
+    done = run("config", "--config", str(ROOT / "launch" / "runs" / f"{name}.yaml"), *sets("seed=7"))
+    assert (done.returncode, done.stderr) == (0, "")
+    (tmp_path / "printed.yaml").write_text(done.stdout)
+    printed = load_config(tmp_path / "printed.yaml")
+    assert printed == load_config(ROOT / "launch" / "runs" / f"{name}.yaml", ("seed=7",))
+    assert printed.seed == 7
+
+
+def test_config_without_a_file_prints_the_defaults(tmp_path: Path) -> None:
+    done = run("config")
+    (tmp_path / "printed.yaml").write_text(done.stdout)
+    assert load_config(tmp_path / "printed.yaml") == RunConfig()
+
+
+def test_missing_config_file(tmp_path: Path) -> None:
+    message = error_of(run("voxelize", "--config", str(tmp_path / "no.yaml")))
+    assert message == (
+        f"config {tmp_path / 'no.yaml'} can't be read: No such file or directory; give --config an existing YAML file"
+    )
+
+
+def test_unknown_key_is_named_with_its_likely_meaning(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("grid: {shpe: 16}\n")
+    assert error_of(run("config", "--config", str(path))) == (
+        f"{path} can't be used:\n  grid.shpe = 16: unknown key; did you mean 'shape'?"
+    )
+
+
+def test_override_without_value() -> None:
+    assert "write --set section.key=value" in error_of(run("config", *sets("seed")))
+
+
+# Voxelising
+
+
+def test_no_crystals_found(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    message = error_of(run("voxelize", *sets(f"data.inputs=[{tmp_path}/in]", f"data.shards={tmp_path}/out")))
+    assert message.startswith(f"no crystals found in {tmp_path}/in: expected *.cif")
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_input(tmp_path: Path) -> None:
+    message = error_of(run("voxelize", *sets(f"data.inputs=[{tmp_path}/in]", f"data.shards={tmp_path}/out")))
+    assert message.startswith(f"input {tmp_path}/in is neither a folder")
+
+
+def test_output_folder_that_holds_other_things(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    inputs = SAMPLE / "cifs" / "perov_5"
+    message = error_of(run("voxelize", *sets(f"data.inputs=[{inputs}]", f"data.shards={tmp_path}")))
+    assert message.startswith(f"output folder {tmp_path} is not empty")
+    assert contents(tmp_path).keys() == {"letter.txt"}
+
+
+# Shards
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Index:
+    """A few real perovskites as shards of three splits, written without Ray."""
+    folder = tmp_path_factory.mktemp("few")
+    root, work, grid = folder / "shards", folder / "work", GridSpec(shape=16, max_spacing_A=0.5)
+    table = SAMPLE / "perov_5.parquet"
+    rows = scan_chunk(0, Chunk(table.parent, (table.name,), 0, TRAINING_CRYSTALS + 2), work, grid, {"train": 1.0}).rows
+    ends = {"train": (0, TRAINING_CRYSTALS), "val": (TRAINING_CRYSTALS, -1), "test": (-1, None)}
+    tasks = [ShardTask(f"{split}-000000.tar", split, 0, rows[start:stop]) for split, (start, stop) in ends.items()]
+    records = tuple(build_shard(task, root, work, grid) for task in tasks)
+    index = Index(root, {"grid": grid.model_dump(mode="json")}, "0", "0", {"inputs": len(rows)}, records)
+    index.write()
+    return index
+
+
+@pytest.fixture
+def of_shards(shards: Index) -> list[str]:
+    """The settings of a run on them."""
+    return [f"data.shards={shards.root}", "grid.shape=16", "grid.max_spacing_A=0.5", "engine.name=torch"]
+
+
+def test_verify_tells_whole_and_damaged_shards(shards: Index, tmp_path: Path) -> None:
+    done = run("verify", str(shards.root))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"3 shards, {TRAINING_CRYSTALS + 2} samples: all as the index says\n"
+    copy = tmp_path / "copy"
+    shutil.copytree(shards.root, copy)
+    (copy / "val-000000.tar").unlink()
+    raw = bytearray((copy / "train-000000.tar").read_bytes())
+    raw[-1] ^= 1
+    (copy / "train-000000.tar").write_bytes(raw)
+    assert error_of(run("verify", str(copy))) == (
+        f"2 of 3 shards of {copy} are damaged:\n  train-000000.tar: sha256 differs\n  val-000000.tar: missing"
+    )
+
+
+def test_verify_without_shards(tmp_path: Path) -> None:
+    assert "holds no finished shards; run dist-train voxelize" in error_of(run("verify", str(tmp_path)))
+
+
+# Training
+
+
+def test_training_without_shards(tmp_path: Path) -> None:
+    message = error_of(run("train", *sets(f"data.shards={tmp_path}/none", f"run_dir={tmp_path}/run")))
+    assert message == (
+        f"{tmp_path}/none/index.json does not exist: {tmp_path}/none holds no finished shards; run dist-train voxelize"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_few_crystals_for_a_global_batch(of_shards: list[str], tmp_path: Path) -> None:
+    message = error_of(run("train", *sets(*of_shards, f"run_dir={tmp_path}/run", "train.global_batch_size=16")))
+    assert message == (
+        f"the training split has {TRAINING_CRYSTALS} samples, fewer than train.global_batch_size 16; "
+        "lower it or voxelise more crystals"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_shards_of_another_grid(of_shards: list[str], tmp_path: Path) -> None:
+    message = error_of(run("train", *sets(*of_shards, f"run_dir={tmp_path}/run", "grid.shape=32")))
+    assert "have another grid: shape is 16 there, 32 here" in message
+
+
+def test_run_folder_that_holds_another_run(of_shards: list[str], tmp_path: Path) -> None:
+    settings = [*of_shards, f"run_dir={tmp_path}", "train.global_batch_size=4"]
+    (tmp_path / "run.yaml").write_text(load_config(None, (*settings, "seed=1")).to_yaml())
+    before = contents(tmp_path)
+    message = error_of(run("train", *sets(*settings, "seed=2")))
+    assert message == f"{tmp_path} holds another run: its seed was 1, now 2; set run_dir to a new folder"
+    assert contents(tmp_path) == before
+
+
+# Models
+
+
+def test_folder_that_is_no_bundle(shards: Index, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    options = ("--model", str(tmp_path / "model"), "--shards", str(shards.root), "--out", str(tmp_path / "out"))
+    message = error_of(run("evaluate", *options))
+    assert message == f"{tmp_path / 'model'} is no model bundle: it has no SHA256SUMS"
+    assert not (tmp_path / "out").exists()
+
+
+def test_registry_name_without_a_registry(shards: Index, tmp_path: Path) -> None:
+    model, out = "models:/crystal-autoencoder@champion", str(tmp_path / "out")
+    message = error_of(run("evaluate", "--model", model, "--shards", str(shards.root), "--out", out))
+    assert message == f"{model} is in a registry: give --tracking-uri or set MLFLOW_TRACKING_URI"
+
+
+# Demo
+
+
+@pytest.fixture(params=["127.0.0.1", "0.0.0.0"])
+def taken_port(request: pytest.FixtureRequest) -> Iterator[int]:
+    with socket.socket() as server:
+        server.bind((request.param, 0))
+        server.listen()
+        yield int(server.getsockname()[1])
+
+
+def demo(out: Path, *more: str) -> Sequence[str]:
+    return ("demo", "--out", str(out), *more)
+
+
+def test_demo_on_a_port_in_use(taken_port: int, tmp_path: Path) -> None:
+    message = error_of(run(*demo(tmp_path / "out", "--port", str(taken_port))))
+    assert message == f"port {taken_port} for the training ranks can't be used: Address already in use; set --port 0"
+    assert not (tmp_path / "out").exists()
+
+
+def test_demo_leaves_a_folder_of_other_things_alone(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "letter.txt").write_text("dear")
+    message = error_of(run(*demo(tmp_path)))
+    assert message == f"{tmp_path} is not empty and holds no demo; set --out to another folder"
+    assert (tmp_path / "below" / "letter.txt").read_text() == "dear"
+    assert contents(tmp_path).keys() == {"below/letter.txt"}
+
+
+def test_demo_elsewhere_than_in_the_clone(tmp_path: Path) -> None:
+    message = error_of(run(*demo(tmp_path / "out"), cwd=tmp_path))
+    assert message.startswith(f"the demo reads data/sample: run it in {ROOT}")
+    assert not (tmp_path / "out").exists()
