@@ -22,7 +22,7 @@ METRICS = (
     ("cell angle error, degrees", "angle_error_deg"),
     ("failed decodes", "n_failed"),
 )
-SYSTEMS = (("model", "model"), ("nearest training crystal", "nearest_training"), ("true grids (ceiling)", "ceiling"))
+SYSTEMS = (("model", "model"), ("nearest training crystal", "nearest_training"), ("ceiling (true grids)", "ceiling"))
 
 
 def write_evaluation_report(

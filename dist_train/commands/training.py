@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from dist_train import __version__
 from dist_train.config import RunConfig, load_config
@@ -36,6 +35,8 @@ if TYPE_CHECKING:
 
 STATISTICS_SAMPLES = 512
 PRIOR_SAMPLES = 20_000
+MIN_CELL_STD = 0.01
+"""Least spread of the cell numbers: where all crystals share a number, the network's noise is scaled down to this."""
 FIGURE_CRYSTALS = 4
 
 
@@ -145,15 +146,15 @@ def build_model(config: RunConfig, index: Index, reader: ShardReader) -> Crystal
     density = batch.density_BCDHW.float()
     log_count = batch.composition_BZ.sum(1).log()
 
-    def spread(values: Tensor) -> Tensor:
-        """Standard deviation; 1 for a number that is the same in all crystals."""
-        return torch.where(values < 1e-5, torch.ones_like(values), values)
-
+    channel_std = density.std((0, 2, 3, 4))
     statistics = Statistics(
-        tuple(density.mean((0, 2, 3, 4)).tolist()), tuple(spread(density.std((0, 2, 3, 4))).tolist()),
-        tuple(batch.cell_B6.mean(0).tolist()), tuple(spread(batch.cell_B6.std(0)).tolist()),
-        float(log_count.mean()), float(spread(log_count.std())),
-    )  # fmt: skip
+        channel_mean=tuple(density.mean((0, 2, 3, 4)).tolist()),
+        channel_std=tuple(torch.where(channel_std < 1e-5, 1.0, channel_std).tolist()),  # 1 for a channel that is empty
+        cell_mean=tuple(batch.cell_B6.mean(0).tolist()),
+        cell_std=tuple(batch.cell_B6.std(0).clamp(min=MIN_CELL_STD).tolist()),
+        count_mean=float(log_count.mean()),
+        count_std=float(log_count.std().clamp(min=MIN_CELL_STD)),
+    )
     torch.manual_seed(config.seed)
     return CrystalAutoencoder(config.grid, config.model, index.elements("train"), statistics)
 

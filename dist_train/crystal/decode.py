@@ -16,7 +16,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from dist_train.config import GridSpec
-from dist_train.crystal.lattice import image_offsets, plane_spacings
+from dist_train.crystal.lattice import MIN_VOLUME_A3, image_offsets, plane_spacings
 from dist_train.crystal.structure import Crystal, wrap
 from dist_train.crystal.voxelize import CUTOFF_SIGMAS, stamp, voxelize
 
@@ -28,7 +28,10 @@ LIKE_DISTANCE_A, UNLIKE_DISTANCE_A = 0.8, 0.6
 """No two decoded atoms of the same element / of different elements are nearer than this."""
 CENTROID_ERROR_A = 0.05
 """Standard deviation of the vote's centroid, the prior of the refinement."""
-MAX_ATOMS = 2000
+MAX_ATOMS_PER_A3 = 0.5
+"""Number density above which a field is no crystal; diamond, the densest at normal pressure, has 0.18."""
+MIN_SPACING_A = 0.5
+"""Distance of opposite faces below which a decoded cell is too flat to be one."""
 _ITERATIONS = 8
 
 
@@ -56,26 +59,39 @@ def decode(
     Fields that hold no crystal (nothing found, not finite, absurdly many atoms) give an empty result with the reason.
     """
     nothing = np.zeros(0)
-    if not (np.isfinite(occupancy_DHW).all() and np.isfinite(atom_probability_DHW).all() and np.isfinite(lattice_A).all()):
-        return Decoded(None, nothing, "field or lattice is not finite")
+    if not (np.isfinite(occupancy_DHW).all() and np.isfinite(atom_probability_DHW).all()):
+        return Decoded(None, nothing, "the fields are not finite")
+    if fault := _lattice_fault(lattice_A):
+        return Decoded(None, nothing, fault)
     spacings = plane_spacings(lattice_A)
     shape = np.array(species_DHW.shape)
     ball = _ball(lattice_A, shape, spacings, spec.radius_A)
     species = np.ascontiguousarray(species_DHW, dtype=np.uint8)
-    voxels, scores = _scores(species, np.ascontiguousarray(atom_probability_DHW, np.float32), ball, MIN_SCORE)
+    probability = np.ascontiguousarray(atom_probability_DHW, np.float32)
+    voxels, scores = _scores(species, probability, ball, MIN_SCORE)
     order = np.argsort(-scores, kind="stable")
     voxels, scores = voxels[order], scores[order]
     numbers = species[voxels[:, 0], voxels[:, 1], voxels[:, 2]].astype(np.int64)
     images = image_offsets(lattice_A, LIKE_DISTANCE_A).astype(np.float64)
-    kept = _suppress(voxels / shape, numbers, lattice_A, images, LIKE_DISTANCE_A, UNLIKE_DISTANCE_A)
+    most = min(spec.max_atoms, int(MAX_ATOMS_PER_A3 * abs(np.linalg.det(lattice_A))))
+    kept = _suppress(voxels / shape, numbers, lattice_A, images, LIKE_DISTANCE_A, UNLIKE_DISTANCE_A, most + 1)
     if not len(kept):
         return Decoded(None, nothing, f"no atom found: no voxel scores {MIN_SCORE} or more")
-    if len(kept) > MAX_ATOMS:
-        return Decoded(None, nothing, f"{len(kept)} atoms found, at most {MAX_ATOMS} are believed")
-    centres = _centroids(voxels[kept], species, np.ascontiguousarray(atom_probability_DHW, np.float32), ball)
+    if len(kept) > most:
+        return Decoded(None, nothing, f"over {most} atoms found, more than the cell or the spec can hold")
+    centres = _centroids(voxels[kept], species, probability, ball)
     density = np.ascontiguousarray(occupancy_DHW, np.float32)
     frac = _refine(centres / shape, density, lattice_A, spacings, spec.sigma_A, CENTROID_ERROR_A, _ITERATIONS)
     return Decoded(Crystal(id, lattice_A, wrap(frac), numbers[kept]), scores[kept])
+
+
+def _lattice_fault(lattice_A: FloatArray) -> str:
+    """Why a lattice is none, or ''."""
+    if not np.isfinite(lattice_A).all():
+        return "the lattice is not finite"
+    if abs(np.linalg.det(lattice_A)) < MIN_VOLUME_A3 or plane_spacings(lattice_A).min() < MIN_SPACING_A:
+        return f"the cell is flat: opposite faces less than {MIN_SPACING_A} A apart"
+    return ""
 
 
 def decode_ideal(crystal: Crystal, spec: GridSpec) -> Decoded:
@@ -117,9 +133,9 @@ def _scores(species, probability, ball, min_score):  # type: ignore[no-untyped-d
 
 
 @njit(cache=True, nogil=True)
-def _suppress(frac_M3, numbers_M, lattice, images, like, unlike):  # type: ignore[no-untyped-def]
-    """Indices of the voxels kept, in order: each farther than `like` / `unlike` angstrom from all kept before it."""
-    kept = np.empty(len(frac_M3), np.int64)
+def _suppress(frac_M3, numbers_M, lattice, images, like, unlike, most):  # type: ignore[no-untyped-def]
+    """Indices of the voxels kept, at most `most`, in order: each farther than `like` / `unlike` A from all before it."""
+    kept = np.empty(min(len(frac_M3), most), np.int64)
     n_kept = 0
     shifts = images @ lattice
     for m in range(len(frac_M3)):
@@ -139,6 +155,8 @@ def _suppress(frac_M3, numbers_M, lattice, images, like, unlike):  # type: ignor
         if free:
             kept[n_kept] = m
             n_kept += 1
+            if n_kept == most:
+                break
     return kept[:n_kept].copy()
 
 

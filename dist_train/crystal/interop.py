@@ -73,7 +73,9 @@ def symmetry_operations(given: dict[str, Any], id: str) -> tuple[FloatArray, Flo
     rotations = np.array([operation.rotation_matrix for operation in operations])
     # pymatgen falls back to P1 with a warning: a wrong crystal for a file that does state its symmetry.
     fell_back = any("Defaulting to P1" in warning for warning in parser.warnings)
-    if fell_back or not np.allclose(np.abs(np.linalg.det(rotations)), 1.0):
+    singular = not np.allclose(np.abs(np.linalg.det(rotations)), 1.0)
+    without_identity = not (rotations == np.eye(3)).all((1, 2)).any()
+    if fell_back or singular or without_identity:
         raise CrystalError(f"{id}: symmetry not understood: {str(next(iter(given.values())))[:60]!r}")
     return rotations, np.array([operation.translation_vector for operation in operations])
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 
+MIN_VOLUME_A3 = 0.1
 NIGGLI_TOLERANCES = (1e-5, 1e-6, 1e-4)
 
 MIN_SPACING_A = 0.2
@@ -28,16 +29,20 @@ def lengths_angles(lattice_A: FloatArray) -> FloatArray:
 def from_lengths_angles(parameters: FloatArray) -> FloatArray:
     """[3, 3] lattice of six cell parameters; a along x, b in the xy plane, right-handed.
 
-    Raises ValueError for angles that span no cell.
+    Raises ValueError for parameters that span no cell.
     """
-    a, b, c = parameters[:3]
-    cos_alpha, cos_beta, cos_gamma = np.cos(np.radians(parameters[3:]))
-    sin_gamma = np.sin(np.radians(parameters[5]))
-    c_y = (cos_alpha - cos_beta * cos_gamma) / sin_gamma
-    c_z_squared = 1.0 - cos_beta**2 - c_y**2
-    if not (np.isfinite(parameters).all() and min(a, b, c) > 0 and c_z_squared > 0):
-        raise ValueError(f"no cell has the parameters {np.round(parameters, 4).tolist()}")
-    return np.array([[a, 0.0, 0.0], [b * cos_gamma, b * sin_gamma, 0.0], [c * cos_beta, c * c_y, c * np.sqrt(c_z_squared)]])
+    lengths, angles = parameters[:3], parameters[3:]
+    if np.isfinite(parameters).all() and (lengths > 0).all() and (angles > 0).all() and (angles < 180).all():
+        cos_alpha, cos_beta, cos_gamma = np.cos(np.radians(angles))
+        sin_gamma = np.sin(np.radians(angles[2]))
+        c_y = (cos_alpha - cos_beta * cos_gamma) / sin_gamma
+        c_z_squared = 1.0 - cos_beta**2 - c_y**2
+        if c_z_squared > 0:
+            a, b, c = lengths
+            return np.array(
+                [[a, 0.0, 0.0], [b * cos_gamma, b * sin_gamma, 0.0], [c * cos_beta, c * c_y, c * np.sqrt(c_z_squared)]]
+            )
+    raise ValueError(f"no cell has the parameters {np.round(parameters, 4).tolist()}")
 
 
 def niggli(lattice_A: FloatArray) -> FloatArray | None:
@@ -45,6 +50,8 @@ def niggli(lattice_A: FloatArray) -> FloatArray | None:
 
     The tolerance decides which edges and angles count as equal; a few real cells converge at one of these only.
     """
+    if abs(np.linalg.det(lattice_A)) < MIN_VOLUME_A3:
+        return None
     for tolerance in NIGGLI_TOLERANCES:
         with warnings.catch_warnings():
             # spglib warns at every call that a later version will raise instead of returning None.

@@ -13,12 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_train.crystal.elements import MAX_Z, SYMBOLS
-from dist_train.crystal.lattice import lengths_angles, niggli
+from dist_train.crystal.lattice import MIN_VOLUME_A3, lengths_angles, niggli
 from dist_train.errors import CrystalError
 
 FloatArray = NDArray[np.float64]
 
-MIN_VOLUME_A3 = 0.1
 MAX_EDGE_A = 1000.0
 
 

@@ -99,7 +99,7 @@ def stamp(frac_N3, codes_NC, numbers_N, lattice, spacings, sigma, cutoff, radius
     """Add atoms to `density_CDHW` and write `species_DHW` in place; every image within `cutoff` angstrom counts."""
     n_atoms, n_channel = codes_NC.shape
     _, n0, n1, n2 = density_CDHW.shape
-    nearest = np.full((n0, n1, n2), np.inf, np.float32)
+    nearest = np.full((n0, n1, n2), np.inf, np.float64)
     channels = np.empty(n_channel, np.int64)
     for atom in range(n_atoms):
         used = 0

@@ -161,6 +161,6 @@ def cell_numbers(lengths_angles: np.ndarray) -> np.ndarray:
 
 
 def cell_parameters(cell_numbers: np.ndarray) -> np.ndarray:
-    """Inverse of `cell_numbers`; cosines beyond +-0.98 are cut there, so that every output is a cell."""
+    """Inverse of `cell_numbers`; cosines are cut at +-0.98, since a network may exceed 1."""
     cosines = np.clip(cell_numbers[..., 3:].astype(np.float64), -0.98, 0.98)
     return np.concatenate([np.exp(cell_numbers[..., :3].astype(np.float64)), np.degrees(np.arccos(cosines))], axis=-1)

@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 
 from dist_train.config import GridSpec
 from dist_train.crystal.decode import Decoded, decode, decode_ideal
-from dist_train.crystal.lattice import periodic_distances
+from dist_train.crystal.lattice import from_lengths_angles, periodic_distances
 from dist_train.crystal.structure import Crystal
 from dist_train.crystal.voxelize import representable, voxelize
 
@@ -216,7 +216,7 @@ def test_absurdly_many_atoms_are_not_believed() -> None:
     lattice = Crystal("wide", np.eye(3) * 14.0, np.zeros((1, 3)), np.array([14])).lattice_A
     decoded = decode("c", *constant(1, 14, 1, voxels=14), lattice, GridSpec(shape=14, max_spacing_A=1.0))
     assert decoded.crystal is None
-    assert "atoms found, at most 2000" in decoded.reason
+    assert "over 1000 atoms found" in decoded.reason
 
 
 def test_random_labels_hold_no_atoms() -> None:
@@ -236,3 +236,29 @@ def test_labels_everywhere_give_separate_atoms_or_none() -> None:
     else:
         assert np.isfinite(decoded.crystal.frac_N3).all()
         assert len(decoded.crystal) <= 4.8**3 / (4 / 3 * np.pi * 0.4**3)  # balls of half the least distance
+
+
+@pytest.mark.parametrize(
+    "lattice",
+    [
+        from_lengths_angles(np.array([4.0, 4.0, 4.0, 60.0, 60.0, 119.999])),
+        np.diag([1.0, 1.0, 1e-6]),
+        np.ones((3, 3)),
+        np.full((3, 3), np.nan),
+    ],
+)
+def test_a_lattice_that_is_none_gives_a_reason_at_once(lattice: np.ndarray) -> None:
+    everywhere = np.ones((16, 16, 16))
+    spec = GridSpec(shape=16)
+    found = decode("x", everywhere.astype(np.float32), everywhere.astype(int), everywhere.astype(np.float32), lattice, spec)
+    assert found.crystal is None
+    assert "lattice" in found.reason or "flat" in found.reason
+
+
+def test_atoms_everywhere_are_no_crystal() -> None:
+    everywhere = np.full((32, 32, 32), 14)
+    found = decode(
+        "x", np.ones((32, 32, 32), np.float32), everywhere, np.ones((32, 32, 32), np.float32), np.eye(3) * 9.6, GridSpec()
+    )
+    assert found.crystal is None
+    assert "atoms found" in found.reason

@@ -164,3 +164,9 @@ def test_niggli_cell_is_the_same_lattice_and_does_not_depend_on_the_basis(seed: 
 def test_niggli_gives_none_where_the_reduction_fails() -> None:
     thin = np.array([[0.02, 0, 0], [100, 100, 700], [1, 3, 0]])
     assert niggli(thin) is None
+
+
+@pytest.mark.parametrize("angles", [(90.0, 90.0, 270.0), (90.0, -90.0, 90.0), (400.0, 90.0, 90.0), (90.0, 90.0, 0.0)])
+def test_angles_outside_0_to_180_are_refused(angles: tuple[float, float, float]) -> None:
+    with pytest.raises(ValueError, match="no cell"):
+        from_lengths_angles(np.array([4.0, 4.0, 4.0, *angles]))
