@@ -16,7 +16,7 @@ from dist_train.errors import DistTrainError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb. Exit codes: 0 done, 2 an error that the user can mend (one message), 130 interrupted."""
-    options = _parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     try:
         text = options.run(options)
     except DistTrainError as error:
@@ -38,7 +38,8 @@ def _fail(message: str, code: int = 2) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs."""
     parser = argparse.ArgumentParser(
         prog="dist-train",
         description="Distributed training of generative models of 3-D crystal structures.",
