@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
-        return _fail(f"{error.filename or 'the output'}: {error.strerror}; free space or choose another folder")
+        return _fail(f"{error.filename or 'the output'}: {error.strerror}; mend that or choose another folder")
     except KeyboardInterrupt:
         return _fail("interrupted; the same command takes the work up again", code=130)
     if text:

@@ -86,10 +86,10 @@ def run_demo(out: Path, port: int, epochs: int | None) -> str:
             raise ConfigError(f"{needed} is missing: the demo runs from a clone of the project, installed with make demo")
     if Path.cwd() != ROOT:
         raise ConfigError(f"the demo reads data/sample: run it in {ROOT}, not in {Path.cwd()}")
-    demo = Demo(out, port or free_port(), [f"train.epochs={epochs}"] if epochs else [])
+    demo = Demo(out, port or free_port(), [] if epochs is None else [f"train.epochs={epochs}"])
+    config = load_config(run_file("demo"), tuple(demo.overrides))
     _check_port(demo.port)
     _clear(out)
-    config = load_config(run_file("demo"), tuple(demo.overrides))
     began = time.perf_counter()
     _stages(demo, config)
     return _closing(demo, time.perf_counter() - began)
@@ -175,13 +175,14 @@ def _check_port(port: int) -> None:
     with socket.socket() as probe:
         try:
             probe.bind(("", port))
-        except OSError as error:
-            raise ConfigError(f"port {port} for the training ranks can't be used: {error.strerror}; set --port 0") from None
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", error)
+            raise ConfigError(f"port {port} for the training ranks can't be used: {reason}; set --port 0") from None
 
 
 def _clear(out: Path) -> None:
     """Remove an earlier demo; anything else in the folder is left alone and refused."""
-    if out.exists() and any(out.iterdir()) and not (out / MARKER).exists():
+    if out.exists() and not (out / MARKER).exists() and (out.is_file() or any(out.iterdir())):
         raise ConfigError(f"{out} is not empty and holds no demo; set --out to another folder")
     shutil.rmtree(out, ignore_errors=True)
     write_text(out / MARKER, json.dumps({"started": time.time()}) + "\n")

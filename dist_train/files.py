@@ -11,10 +11,13 @@ from pathlib import Path
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary sibling of `path` that replaces it when the block ends well and is removed when it doesn't."""
+def atomic_path(path: Path, scratch: Path | None = None) -> Iterator[Path]:
+    """A temporary file that replaces `path` when the block ends well and is removed when it doesn't.
+
+    It lies beside `path`, or in `scratch` on the same disk, where a killed process's leavings are easily told apart.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    handle, name = tempfile.mkstemp(dir=scratch or path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
     temporary = Path(name)
     try:

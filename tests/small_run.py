@@ -50,7 +50,7 @@ def write_small_shards(folder: Path, crystals: int = 72) -> Index:
     work, root = folder / "work", config.data.shards
     chunks = discover([str(table)])
     results = [scan_chunk(i, chunk, work, config.grid, config.data.splits) for i, chunk in enumerate(chunks)]
-    tasks, rejected = plan_shards(results, chunks, config.data)
+    tasks, rejected = plan_shards(results, config.data)
     records = tuple(build_shard(task, root, work, config.grid) for task in tasks)
     counts = {"inputs": crystals, "accepted": crystals - len(rejected), "rejected": len(rejected)}
     index = Index(root, {"grid": config.grid.model_dump(mode="json")}, "test", "test", counts, records)

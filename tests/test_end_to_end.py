@@ -99,5 +99,7 @@ def test_the_python_example_of_the_readme_runs_on_the_trained_model(demo: Path) 
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert "runs/demo" in code
     script = code.replace("runs/demo", str(demo))
-    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
     assert result.stdout.startswith("data_") or "found" in result.stdout

@@ -7,9 +7,11 @@ may retry it, and a second run redoes only what is missing.
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,21 +50,28 @@ def voxelize(config: RunConfig) -> Index:
     if (done := _existing(root, digest)) is not None:
         return done
     work = _open_work(root, digest)
-    with _ray(config) as ray_map:
-        results = ray_map(
-            "scan", scan_chunk, [(i, c, work, config.grid, config.data.splits) for i, c in enumerate(chunks)],
-            [len(chunk) for chunk in chunks],
-        )  # fmt: skip
-        tasks, rejected = plan_shards(results, chunks, config.data)
-        _write_rejected(root, rejected)
-        _check_rejected(root, sum(map(len, chunks)), rejected, config.data.max_rejected_fraction)
-        records = ray_map(
-            "voxelise", build_shard, [(task, root, work, config.grid) for task in tasks], [len(t.rows) for t in tasks]
-        )
-    index = Index(root, resolved, digest, __version__, _counts(chunks, tasks, rejected), tuple(records))
+    try:
+        index = _run(config, chunks, resolved, digest, work)
+    finally:
+        # A task that was ended in the middle of a file can't tidy up after itself.
+        for leaving in work.glob(".*.tmp"):
+            leaving.unlink()
     index.write()
     shutil.rmtree(work)
     return index
+
+
+def _run(config: RunConfig, chunks: list[Chunk], resolved: dict[str, Any], digest: str, work: Path) -> Index:
+    """Scan, plan and build; the index of what is then on disk."""
+    root, grid = config.data.shards, config.grid
+    with _Ray(config) as ray_map:
+        scans = [(part, chunk, work, grid, config.data.splits) for part, chunk in enumerate(chunks)]
+        tasks, rejected = plan_shards(ray_map("scan", scan_chunk, scans, [len(c) for c in chunks]), config.data)
+        _write_rejected(root, rejected)
+        _check_rejected(root, sum(map(len, chunks)), rejected, config.data.max_rejected_fraction)
+        builds = [(task, root, work, grid) for task in tasks]
+        records = ray_map("voxelise", build_shard, builds, [len(t.rows) for t in tasks])
+    return Index(root, resolved, digest, __version__, _counts(chunks, tasks, rejected), tuple(records))
 
 
 def _what(config: RunConfig) -> dict[str, Any]:
@@ -73,11 +82,11 @@ def _what(config: RunConfig) -> dict[str, Any]:
 def _fingerprint(chunks: Iterable[Chunk]) -> list[tuple[str, int]]:
     """Name and size of every input file, so that other inputs under the same path are noticed."""
     files = {(chunk.root / name) for chunk in chunks for name in chunk.files}
-    return sorted((str(path), path.stat().st_size) for path in files)
+    return sorted((str(path), path.stat().st_size if path.exists() else 0) for path in files)
 
 
 def _existing(root: Path, digest: str) -> Index | None:
-    """The finished index, where the folder holds just what is asked for; None where it is free."""
+    """The finished index, where the folder holds just what is asked for; None where shards are still to be made."""
     if not (root / INDEX_NAME).exists():
         strangers = sorted(entry.name for entry in root.iterdir()) if root.is_dir() else []
         if strangers and WORK_NAME not in strangers:
@@ -86,13 +95,15 @@ def _existing(root: Path, digest: str) -> Index | None:
                 "shards; set data.shards to a new folder"
             )
         return None
+    shutil.rmtree(root / WORK_NAME, ignore_errors=True)  # left by a kill just after the index was written
     index = Index.read(root)
     if index.config_hash != digest:
         raise ShardError(
             f"output folder {root} holds another run (config {index.config_hash}, this one is {digest}); "
             "set data.shards to a new folder or remove that one"
         )
-    return index
+    whole = all((root / s.name).is_file() and (root / s.name).stat().st_size == s.bytes for s in index.shards)
+    return index if whole else None
 
 
 def _open_work(root: Path, digest: str) -> Path:
@@ -134,7 +145,7 @@ def _counts(chunks: Sequence[Chunk], tasks: Sequence[ShardTask], rejected: Seque
     return {"inputs": inputs, "accepted": accepted, "rejected": len(rejected), **stages}
 
 
-class _ray:
+class _Ray:
     """A context with a Ray cluster (joined, or started for this job) that yields an ordered parallel map."""
 
     def __init__(self, config: RunConfig) -> None:
@@ -146,14 +157,15 @@ class _ray:
         import ray
 
         data = self.config.data
-        own = {
-            "num_cpus": data.workers,
-            "object_store_memory": OBJECT_STORE_BYTES,
-            "include_dashboard": False,
-        }
-        options = {"address": data.ray_address} if data.ray_address else own
+        own = {"num_cpus": data.workers, "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
+        if data.ray_address:
+            _check_reachable(data.ray_address)
         try:
-            ray.init(**options, logging_level="ERROR", log_to_driver=False, ignore_reinit_error=False)
+            # 'local' starts a cluster even where the environment or the machine knows another.
+            ray.init(
+                address=data.ray_address or "local", logging_level="ERROR", log_to_driver=False,
+                **({} if data.ray_address else own),
+            )  # fmt: skip
         except (ConnectionError, RuntimeError, ValueError) as error:
             where = data.ray_address or "a local cluster"
             raise DistTrainError(f"Ray could not be reached ({where}): {error}; check data.ray_address") from None
@@ -183,5 +195,26 @@ class _ray:
                 try:
                     results[place] = ray.get(ready)
                 except ray.exceptions.RayTaskError as error:
-                    raise (error.cause if isinstance(error.cause, DistTrainError) else error) from None
+                    raise self._readable(error) from None
                 progress.update(sizes[place])
+
+    def _readable(self, error: Any) -> Exception:
+        """A task's error as the user should see it."""
+        cause = error.cause
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            root = self.config.data.shards
+            return ShardError(
+                f"the disk of {root} is full; free space and run the same command again: it goes on from there"
+            )
+        return cause if isinstance(cause, DistTrainError) else error
+
+
+def _check_reachable(address: str) -> None:
+    """Raise DistTrainError where nobody listens at 'host:port': ray itself would try for minutes without a word."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise DistTrainError(f"no Ray cluster answers at data.ray_address {address}: {error}") from None

@@ -55,6 +55,9 @@ def evaluate(
     model: str, tracking_uri: str | None, shards: Path, split: str, out: Path, workers: int, n_samples: int, steps: int
 ) -> dict[str, Any]:
     """Evaluate a model on a split of shards; writes metrics.json, report.html and CIF files, returns the metrics."""
+    if out.exists() and not (out / "metrics.json").exists() and any(out.iterdir()):
+        raise ConfigError(f"{out} is not empty and holds no evaluation; set --out to another folder")
+    shutil.rmtree(out / "cifs", ignore_errors=True)
     codec, index = load_codec(model, tracking_uri), Index.read(shards)
     test, training = ShardReader(index, split), ShardReader(index, "train")
     crystals = [test.crystal(place) for place in range(len(test))]
@@ -99,7 +102,6 @@ def _metrics(result: Evaluation, look: dict[str, list[Any]]) -> dict[str, Any]:
 def _write_evaluation(
     out: Path, model: str, split: str, result: Evaluation, look: dict[str, list[Any]], metrics: dict[str, Any]
 ) -> None:
-    shutil.rmtree(out / "cifs", ignore_errors=True)
     groups = {"reconstructed": result.reconstructed, **look}
     for group, decoded in groups.items():
         folder = out / "cifs" / group

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.errors import ShardError
-from dist_train.files import write_text
+from dist_train.files import sha256, write_text
 
 SCHEMA_VERSION = 1
 INDEX_NAME, REJECTED_NAME = "index.json", "rejected.csv"
@@ -87,20 +87,23 @@ class Index:
             raise ShardError(f"{path} does not exist: {root} holds no finished shards; run dist-train voxelize") from None
         except (OSError, ValueError) as error:
             raise ShardError(f"{path} can't be read ({error}); run dist-train voxelize again") from None
-        version = document.get("schema_version")
+        version = document.get("schema_version") if isinstance(document, dict) else None
         if version != SCHEMA_VERSION:
             raise ShardError(f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}: voxelise again")
-        shards = tuple(_record(shard) for shard in document["shards"])
-        return cls(root, document["config"], document["config_hash"], document["code_version"], document["counts"], shards)
-
-
-def _record(row: dict[str, Any]) -> ShardRecord:
-    return record_from_json(json.dumps(row))
+        try:
+            shards = tuple(_record(shard) for shard in document["shards"])
+            counts, digest, code = document["counts"], document["config_hash"], document["code_version"]
+            return cls(root, document["config"], digest, code, counts, shards)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ShardError(f"{path} is damaged ({error!r}); run dist-train voxelize again") from None
 
 
 def record_from_json(text: str) -> ShardRecord:
     """Inverse of `json.dumps(asdict(record))`."""
-    row = json.loads(text)
+    return _record(json.loads(text))
+
+
+def _record(row: dict[str, Any]) -> ShardRecord:
     samples = tuple(
         Sample(s["key"], s["id"], tuple(s["shape"]), s["crc32"], {k: (v[0], v[1]) for k, v in s["members"].items()})
         for s in row["samples"]
@@ -115,8 +118,6 @@ def config_hash(config: dict[str, Any]) -> str:
 
 def verify(index: Index) -> Iterator[tuple[str, str]]:
     """(shard, what is wrong) for every shard that is missing, cut or altered."""
-    from dist_train.files import sha256
-
     for shard in index.shards:
         path = index.root / shard.name
         if not path.is_file():

@@ -39,9 +39,10 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Row:
-    """An accepted crystal: its split and where it lies in a part file (bytes)."""
+    """An accepted crystal: its input file, its split, and where it lies in a part file (bytes)."""
 
     id: str
+    file: str
     split: str
     part: int
     offset: int
@@ -83,7 +84,10 @@ def discover(inputs: Iterable[str]) -> list[Chunk]:
     """
     chunks: list[Chunk] = []
     for given in inputs:
-        found = list(_chunks_of(Path(given)))
+        try:
+            found = list(_chunks_of(Path(given)))
+        except PermissionError as error:
+            raise DataError(f"input {error.filename} can't be read: {error.strerror}; check its permissions") from None
         if not found:
             raise DataError(f"no crystals found in {given}: expected *.cif or *.cif.gz files in it, or a *.parquet table")
         chunks += found
@@ -100,12 +104,9 @@ def _chunks_of(path: Path) -> Iterator[Chunk]:
     if path.is_file() and path.name.endswith(CIF_SUFFIXES):
         yield Chunk(path.parent, (path.name,))
         return
-    try:
-        if not path.is_dir():
-            raise DataError(f"input {path} is neither a folder, a CIF file nor a Parquet table; check data.inputs")
-        files = sorted(str(p.relative_to(path)) for p in _walk(path) if p.name.endswith(CIF_SUFFIXES))
-    except PermissionError as error:
-        raise DataError(f"input folder {error.filename} can't be read: {error.strerror}; check its permissions") from None
+    if not path.is_dir():
+        raise DataError(f"input {path} is neither a folder, a CIF file nor a Parquet table; check data.inputs")
+    files = sorted(str(p.relative_to(path)) for p in _walk(path) if p.name.endswith(CIF_SUFFIXES))
     for start in range(0, len(files), CIFS_PER_CHUNK):
         yield Chunk(path, tuple(files[start : start + CIFS_PER_CHUNK]))
 
@@ -134,7 +135,7 @@ def scan_chunk(part: int, chunk: Chunk, parts: Path, grid: GridSpec, splits: dic
                 rejected.append(Rejected(id, file, "grid", str(error)))
                 continue
             line = crystal.to_json().encode() + b"\n"
-            rows.append(Row(id, split_of(crystal.formula, splits), part, stream.tell(), len(line)))
+            rows.append(Row(id, file, split_of(crystal.formula, splits), part, stream.tell(), len(line)))
             stream.write(line)
     return ScanResult(tuple(rows), tuple(rejected))
 
@@ -176,21 +177,19 @@ def split_of(formula: str, splits: dict[str, float]) -> str:
     return name
 
 
-def plan_shards(
-    results: Iterable[ScanResult], chunks: list[Chunk], config: DataConfig
-) -> tuple[list[ShardTask], list[Rejected]]:
+def plan_shards(results: Iterable[ScanResult], config: DataConfig) -> tuple[list[ShardTask], list[Rejected]]:
     """The shards of all scanned rows, and every rejected input (ids that occur twice included).
 
     Within a split the order is that of the hash of the id, so that families and sources mix.
     """
     rejected: list[Rejected] = []
     rows: dict[str, Row] = {}
-    for chunk, result in zip(chunks, results, strict=True):
+    for result in results:
         rejected += result.rejected
         for row in result.rows:
             if row.id in rows:
-                reason = f"{row.id}: this id is already taken by another input (part {rows[row.id].part})"
-                rejected.append(Rejected(row.id, str(chunk.files[0]), "plan", reason))
+                reason = f"{row.id}: this id is already taken by {rows[row.id].file} of another input"
+                rejected.append(Rejected(row.id, row.file, "plan", reason))
             else:
                 rows[row.id] = row
     ordered = sorted(rows.values(), key=lambda row: (unit_hash("order", row.id), row.id))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import zlib
 from collections.abc import Iterator
@@ -12,7 +11,6 @@ from pathlib import Path
 from dist_train.config import GridSpec
 from dist_train.crystal.structure import Crystal
 from dist_train.crystal.voxelize import voxelize
-from dist_train.errors import ShardError
 from dist_train.files import atomic_path, sha256, write_text
 from dist_train.shards.codec import add_member, encode_sample, open_tar
 from dist_train.shards.index import Sample, ShardRecord, record_from_json
@@ -20,20 +18,12 @@ from dist_train.shards.plan import Row, ShardTask, part_name
 
 
 def build_shard(task: ShardTask, root: Path, work: Path, grid: GridSpec) -> ShardRecord:
-    """Write `root/task.name` and its record in `work`; a shard that is there already, whole, is not built again.
-
-    Raises ShardError where the disk is full; nothing half-written stays.
-    """
+    """Write `root/task.name` and its record in `work`; a shard that is there already, whole, is not built again."""
     record_path = work / f"{task.name}.json"
     record = _finished(root / task.name, record_path)
     if record is None:
-        try:
-            record = _build(task, root, work, grid)
-            write_text(record_path, json.dumps(asdict(record)))
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise ShardError(f"the disk of {root} is full: {task.name} was not written; free space and run again") from None
+        record = _build(task, root, work, grid)
+        write_text(record_path, json.dumps(asdict(record)))
     return record
 
 
@@ -47,7 +37,7 @@ def _finished(path: Path, record_path: Path) -> ShardRecord | None:
 def _build(task: ShardTask, root: Path, work: Path, grid: GridSpec) -> ShardRecord:
     samples: list[Sample] = []
     elements: set[int] = set()
-    with atomic_path(root / task.name) as temporary:
+    with atomic_path(root / task.name, scratch=work) as temporary:
         with temporary.open("wb") as stream, open_tar(stream) as tar:
             for ordinal, crystal in enumerate(_crystals(task.rows, work), start=task.first):
                 voxels = voxelize(crystal, grid)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import gc
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -70,7 +69,9 @@ def _session(leader: int) -> list[int]:
 
 
 def kill_session(leader: subprocess.Popen[str]) -> None:
-    """SIGKILL to every process of a session, until none is left."""
+    """SIGKILL to every process of a session, its leader's group at once, until none is left."""
+    if leader.poll() is None:
+        os.killpg(leader.pid, signal.SIGKILL)
     deadline = time.monotonic() + 30
     while members := _session(leader.pid):
         assert time.monotonic() < deadline, f"processes {members} can't be ended"
@@ -329,18 +330,17 @@ def test_a_killed_job_is_completed_by_the_next(inputs: Path, cluster: str, alone
     for path in root.glob("*.tar"):
         assert sha256(path) == sha256(alone.root / path.name), "a shard under its final name is whole"
     voxelize(config(inputs, root, cluster))
-    visible = {name: digest for name, digest in contents(root).items() if not name.startswith(".")}
-    assert visible == contents(alone.root)
+    assert contents(root) == contents(alone.root), "the same bytes, and nothing left behind"
     assert {path: path.stat().st_mtime_ns for path in kept} == kept, "finished shards are not built again"
 
 
 @contextmanager
-def small_disk(folder: Path) -> Iterator[Path]:
-    """A file system of about a megabyte. Skips the test where none can be mounted."""
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A small file system. Skips the test where none can be mounted."""
     if os.geteuid() or sys.platform != "linux":
         pytest.skip("only root on Linux can mount a small file system")
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK}", "tmpfs", str(folder)], capture_output=True, timeout=30
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, timeout=30
     )
     if mounted.returncode:
         pytest.skip(f"a small file system can't be mounted: {mounted.stderr.decode().strip()}")
@@ -350,15 +350,17 @@ def small_disk(folder: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True, timeout=30)
 
 
-def test_a_full_disk_is_told_in_one_line(inputs: Path, cluster: str, tmp_path: Path) -> None:
-    with small_disk(tmp_path) as disk, started(command(settings(inputs, disk / "shards", cluster))) as process:
+@pytest.mark.parametrize("size", ["40k", SMALL_DISK], ids=["scan", "build"])
+def test_a_full_disk_is_told_in_one_line(inputs: Path, cluster: str, tmp_path: Path, size: str) -> None:
+    with small_disk(tmp_path, size) as disk, started(command(settings(inputs, disk / "shards", cluster))) as process:
         _, errors = process.communicate(timeout=LIMIT_S)
         root = disk / "shards"
         assert process.returncode == 2
         (line,) = [line for line in errors.splitlines() if "dist-train: error" in line]
-        assert re.search(rf"the disk of {root} is full: \S+\.tar was not written; free space and run again", line)
+        assert f"the disk of {root} is full; free space and run the same command again" in line, errors
         assert "Traceback" not in errors
         assert not (root / INDEX_NAME).exists()
+        assert not list(root.rglob("*.tmp"))
         for path in root.glob("*.tar"):
             record = root / WORK_NAME / f"{path.name}.json"
             with tarfile.open(path) as tar:
@@ -368,6 +370,34 @@ def test_a_full_disk_is_told_in_one_line(inputs: Path, cluster: str, tmp_path: P
 
 
 # Workers
+
+
+def test_a_lost_shard_is_built_again(inputs: Path, cluster: str, tmp_path: Path, alone: Index) -> None:
+    root = tmp_path / "shards"
+    shutil.copytree(alone.root, root)
+    (root / alone.shards[0].name).unlink()
+    voxelize(config(inputs, root, cluster))
+    assert contents(root) == contents(alone.root)
+
+
+def test_a_link_to_nothing_is_a_rejected_row(cluster: str, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    shutil.copy(SAMPLE / "cifs" / "perov_5" / "16137.cif", folder / "good.cif")
+    (folder / "gone.cif").symlink_to(tmp_path / "nothing")
+    more = (cluster, "data.max_rejected_fraction=0.5", f"data.inputs=[{folder}]")
+    index = voxelize(config(folder, tmp_path / "shards", *more))
+    assert index.counts["accepted"] == index.counts["rejected"] == 1
+    (row,) = read_rejected(index.root)
+    assert row["id"] == "gone"
+
+
+def test_an_address_without_a_cluster_is_told_at_once(inputs: Path, tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(DistTrainError, match=r"no Ray cluster answers at data\.ray_address 127\.0\.0\.1:1"):
+        voxelize(config(inputs, tmp_path / "shards", "data.ray_address='127.0.0.1:1'"))
+    assert time.monotonic() - began < 10
+
 
 
 def test_workers_need_no_torch() -> None:

@@ -273,3 +273,10 @@ def test_verify_finds_any_flipped_bit(whole: Index, place: float, bit: int) -> N
         assert list(verify(whole)) == [(path.name, "sha256 differs")]
     finally:
         path.write_bytes(content)
+
+
+@pytest.mark.parametrize("text", ["[]", '{"schema_version": 1}', '{"schema_version": 1, "shards": [{}]}', "not json"])
+def test_damaged_index_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / INDEX_NAME).write_text(text)
+    with pytest.raises(ShardError, match=INDEX_NAME):
+        Index.read(tmp_path)

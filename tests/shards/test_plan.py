@@ -162,7 +162,7 @@ def test_unreadable_folder_is_named(tmp_path: Path, locked: str) -> None:
         )
     finally:
         (tmp_path / locked).chmod(0o755)
-    assert done.stdout == f"input folder {locked} can't be read: Permission denied; check its permissions\n"
+    assert done.stdout == f"input {locked} can't be read: Permission denied; check its permissions\n"
 
 
 # scan
@@ -258,7 +258,7 @@ def scans(draw: st.DrawFn) -> tuple[list[ScanResult], list[Chunk]]:
     numbers = draw(st.lists(st.lists(st.integers(0, 40), max_size=15), min_size=1, max_size=5))
     results, chunks = [], []
     for part, ids in enumerate(numbers):
-        rows = [Row(f"id{i}", split_of(f"f{i % 7}", SPLITS_EVEN), part, 10 * at, 10) for at, i in enumerate(ids)]
+        rows = [Row(f"id{i}", "x.cif", split_of(f"f{i % 7}", SPLITS_EVEN), part, 10 * at, 10) for at, i in enumerate(ids)]
         results.append(ScanResult(tuple(rows), ()))
         chunks.append(Chunk(Path(f"folder{part}"), tuple(f"{row.id}.cif" for row in rows) or ("none.cif",)))
     return results, chunks
@@ -279,9 +279,9 @@ def ids_of(tasks: list[ShardTask]) -> list[str]:
 def test_every_row_is_planned_once_or_rejected_as_doubled(
     scanned: tuple[list[ScanResult], list[Chunk]], samples_per_shard: int
 ) -> None:
-    results, chunks = scanned
+    results, _ = scanned
     given_ids = [row.id for result in results for row in result.rows]
-    tasks, rejected = plan_shards(results, chunks, config(samples_per_shard))
+    tasks, rejected = plan_shards(results, config(samples_per_shard))
     assert sorted(ids_of(tasks)) == sorted(set(given_ids))
     assert Counter(ids_of(tasks)) + Counter(r.id for r in rejected) == Counter(given_ids)
     assert {r.stage for r in rejected} <= {"plan"}
@@ -290,7 +290,7 @@ def test_every_row_is_planned_once_or_rejected_as_doubled(
 
 @given(scans(), st.integers(1, 6))
 def test_shards_are_full_and_numbered(scanned: tuple[list[ScanResult], list[Chunk]], samples_per_shard: int) -> None:
-    tasks, _ = plan_shards(*scanned, config(samples_per_shard))
+    tasks, _ = plan_shards(scanned[0], config(samples_per_shard))
     assert len({task.name for task in tasks}) == len(tasks)
     for split in SPLITS_EVEN:
         mine = [task for task in tasks if task.split == split]
@@ -307,16 +307,15 @@ def test_the_plan_does_not_depend_on_the_order_of_chunks(
 ) -> None:
     results, chunks = scanned
     turned = [place for place in order if place < len(chunks)]
-    tasks, _ = plan_shards(results, chunks, config(4))
-    other, _ = plan_shards([results[i] for i in turned], [chunks[i] for i in turned], config(4))
+    tasks, _ = plan_shards(results, config(4))
+    other, _ = plan_shards([results[i] for i in turned], config(4))
     assert [(task.name, ids_of([task])) for task in other] == [(task.name, ids_of([task])) for task in tasks]
 
 
 def test_families_mix() -> None:
     """The order is that of a hash: a family that is read first doesn't fill the first shards."""
-    rows = [[Row(f"{family}/{i}", "train", part, i, 1) for i in range(100)] for part, family in enumerate("ab")]
-    chunks = [Chunk(Path("x"), ("y.cif",))] * 2
-    tasks, _ = plan_shards([ScanResult(tuple(some), ()) for some in rows], chunks, config(50))
+    rows = [[Row(f"{family}/{i}", "x.cif", "train", part, i, 1) for i in range(100)] for part, family in enumerate("ab")]
+    tasks, _ = plan_shards([ScanResult(tuple(some), ()) for some in rows], config(50))
     for task in tasks:
         assert 15 <= sum(row.id.startswith("a/") for row in task.rows) <= 35
 
@@ -328,9 +327,9 @@ def test_a_doubled_id_keeps_the_first(tmp_path: Path) -> None:
     chunks = discover([str(tmp_path / "a"), str(tmp_path / "b")])
     grid = GridSpec(shape="adaptive")
     results = [scan_chunk(i, chunk, tmp_path / "parts", grid, SPLITS_EVEN) for i, chunk in enumerate(chunks)]
-    tasks, (rejected,) = plan_shards(results, chunks, config(4))
+    tasks, (rejected,) = plan_shards(results, config(4))
     assert [(row.id, row.part) for task in tasks for row in task.rows] == [("same", 0)]
-    assert (rejected.id, rejected.stage) == ("same", "plan")
+    assert (rejected.id, rejected.file, rejected.stage) == ("same", "same.cif", "plan")
     whole = discover([str(tmp_path)])
     apart = [scan_chunk(i, c, tmp_path / "whole", grid, SPLITS_EVEN) for i, c in enumerate(whole)]
-    assert sorted(ids_of(plan_shards(apart, whole, config(4))[0])) == ["a/same", "b/same"]
+    assert sorted(ids_of(plan_shards(apart, config(4))[0])) == ["a/same", "b/same"]
