@@ -20,6 +20,8 @@ from dist_train.files import fsync, sha256, write_text
 from dist_train.training.engine import Engine
 from dist_train.training.state import TrainState
 
+FULL_BYTES = 2**20
+"""Free space below which a failed write is put down to a full disk."""
 _MARKER, _MANIFEST, _LATEST = "COMPLETE", "manifest.json", "latest"
 
 
@@ -33,6 +35,21 @@ class Checkpoints:
         """Commit a checkpoint; called by all ranks. Raises CheckpointError where the disk is full."""
         target = self.folder / f"step_{state.step:08d}"
         temporary = self.folder / f".{target.name}.tmp"
+        try:
+            self._write(engine, state, temporary, target)
+        except (OSError, RuntimeError):
+            # torch tells a failed write as a RuntimeError that says nothing of the cause: look at the disk.
+            full = shutil.disk_usage(self.folder).free < FULL_BYTES
+            shutil.rmtree(temporary, ignore_errors=True)
+            if full:
+                raise CheckpointError(
+                    f"the disk of {self.folder} is full: the checkpoint of step {state.step} was not written, the one "
+                    "before it is whole; free space and start again"
+                ) from None
+            raise
+        return target
+
+    def _write(self, engine: Engine, state: TrainState, temporary: Path, target: Path) -> None:
         if engine.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             (temporary / "engine").mkdir(parents=True)
@@ -44,7 +61,6 @@ class Checkpoints:
             write_text(temporary / "run.yaml", self.config.to_yaml())
             self._commit(temporary, target)
         engine.barrier()
-        return target
 
     def _commit(self, temporary: Path, target: Path) -> None:
         files = sorted(p for p in temporary.rglob("*") if p.is_file())

@@ -399,7 +399,6 @@ def test_an_address_without_a_cluster_is_told_at_once(inputs: Path, tmp_path: Pa
     assert time.monotonic() - began < 10
 
 
-
 def test_workers_need_no_torch() -> None:
     """What a Ray worker imports: it would cost each of them seconds and hundreds of megabytes."""
     script = (
