@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 RANKS = 2
 MEMORY_SECONDS = 1.0
 MARKER = "demo.json"
+DEFAULT_OUT = Path("runs/demo")
 
 
 @dataclass
@@ -52,15 +53,13 @@ class Demo:
         return f"sqlite:///{self.out}/mlflow.db"
 
     def config(self, name: str) -> list[str]:
-        """--config and --set options of a shipped run file, with its outputs moved below `out`."""
+        """--config and --set options of a shipped run file; its outputs are moved where `out` isn't the file's own."""
         moved = {
             "families": [f"data.shards={self.out}/shards/families"],
-            "demo": [
-                f"data.shards={self.out}/shards/perov_5", f"run_dir={self.out}/train",
-                f"tracking.uri={self.uri}", *self.overrides,
-            ],
-        }[name]  # fmt: skip
-        return ["--config", str(run_file(name)), *(part for item in moved for part in ("--set", item))]
+            "demo": [f"data.shards={self.out}/shards/perov_5", f"run_dir={self.out}/train", f"tracking.uri={self.uri}"],
+        }[name]
+        settings = [*([] if self.out == DEFAULT_OUT else moved), *(self.overrides if name == "demo" else [])]
+        return ["--config", str(run_file(name)), *(part for item in settings for part in ("--set", item))]
 
     def run(self, title: str, command: list[str], where: str) -> None:
         """Run a stage's command. Raises DistTrainError where it fails."""

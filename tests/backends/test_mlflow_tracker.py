@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from small_run import small_config, write_small_shards
 
+from dist_train.backends import mlflow_tracker
 from dist_train.backends.mlflow_tracker import MlflowUploader, pull
 from dist_train.commands import training as commands
 from dist_train.config import RunConfig
@@ -31,8 +32,12 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     folder = tmp_path_factory.mktemp("tracked")
     write_small_shards(folder)
     config = small_config(folder, f"tracking.uri=sqlite:///{folder}/mlflow.db", "tracking.experiment=test")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(mlflow_tracker, "SYSTEM_SECONDS", 0.1)  # this run is over before the usual first sample
+    patch.setattr(mlflow_tracker, "UPLOAD_SECONDS", 0.1)
     commands.train(config.model_copy(update={"train": config.train.model_copy(update={"stop_after_step": 5})}))
     commands.train(config)
+    patch.undo()
     assert "version 1" in commands.register(config.run_dir, "champion")
     return config
 

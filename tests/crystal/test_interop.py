@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gemmi
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -358,7 +359,6 @@ def test_written_cif_is_read_by_pymatgen_and_gemmi(seed: int) -> None:
         warnings.simplefilter("ignore")
         structure = Structure.from_str(text, fmt="cif")
     assert_same_atoms(interop.from_pymatgen(structure, "x"), crystal, 1e-3)
-    gemmi: Any = pytest.importorskip("gemmi")
     small = gemmi.make_small_structure_from_block(gemmi.cif.read_string(text).sole_block())
     assert [site.element.atomic_number for site in small.sites] == crystal.numbers_N.tolist()
     assert small.cell.a == pytest.approx(crystal.lengths_angles[0], abs=1e-8)
