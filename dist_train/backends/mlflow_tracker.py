@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 import threading
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,7 +173,9 @@ def register(tracking: TrackingConfig, bundle: Path, run_id: str, alias: str | N
     with tempfile.TemporaryDirectory() as folder:
         code = Path(folder) / "dist_train"
         shutil.copytree(Path(package).parent, code, ignore=shutil.ignore_patterns("__pycache__"))
-        with mlflow.start_run(run_id=run_id, log_system_metrics=False):
+        with warnings.catch_warnings(), mlflow.start_run(run_id=run_id, log_system_metrics=False):
+            # MLflow asks for type hints on `predict`, from which it would make another signature than the given one.
+            warnings.filterwarnings("ignore", category=UserWarning, module="mlflow")
             info = mlflow.pyfunc.log_model(
                 name="model", python_model=str(MODEL_CODE), artifacts={"bundle": str(bundle)}, code_paths=[str(code)],
                 pip_requirements=_pinned(REQUIREMENTS), signature=infer_signature(columns, output), input_example=columns,
