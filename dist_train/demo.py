@@ -205,11 +205,10 @@ def _run_measured(command: list[str]) -> tuple[int, float]:
     watcher.start()
     try:
         return process.wait(), peak[0]
-    except BaseException:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
-        raise
     finally:
+        if process.poll() is None:  # an interruption: the stage's own children must not live on
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
         done.set()
         watcher.join()
 
