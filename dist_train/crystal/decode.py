@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from dist_train.config import GridSpec
 from dist_train.crystal.lattice import MIN_VOLUME_A3, image_offsets, plane_spacings
 from dist_train.crystal.structure import Crystal, wrap
-from dist_train.crystal.voxelize import CUTOFF_SIGMAS, stamp, voxelize
+from dist_train.crystal.voxelize import CUTOFF_SIGMAS, add_gaussian, voxelize
 
 FloatArray = NDArray[np.float64]
 
@@ -186,12 +186,11 @@ def _refine(frac_N3, density, lattice, spacings, sigma, prior, iterations):  # t
     n0, n1, n2 = density.shape
     start, frac = frac_N3 @ lattice, frac_N3.copy()
     inverse = np.linalg.inv(lattice)
-    one, no_species = np.ones((1, 1), np.float32), np.zeros((n0, n1, n2), np.uint8)
-    number = np.ones(1, np.uint8)
+    one = np.ones(1, np.float32)
     model = np.zeros((1, n0, n1, n2), np.float32)
     cutoff = CUTOFF_SIGMAS * sigma
     for n in range(len(frac)):
-        stamp(frac[n : n + 1], one, number, lattice, spacings, sigma, cutoff, 0.0, model, no_species)
+        add_gaussian(frac[n], one, lattice, spacings, sigma, cutoff, model)
     for _ in range(iterations):
         largest = 0.0
         for n in range(len(frac)):
@@ -203,9 +202,9 @@ def _refine(frac_N3, density, lattice, spacings, sigma, prior, iterations):  # t
             length = np.sqrt((step**2).sum())
             step *= min(1.0, 0.1 / max(length, 1e-12))
             largest = max(largest, min(length, 0.1))
-            stamp(frac[n : n + 1], -one, number, lattice, spacings, sigma, cutoff, 0.0, model, no_species)
+            add_gaussian(frac[n], -one, lattice, spacings, sigma, cutoff, model)
             frac[n] = (here + step) @ inverse
-            stamp(frac[n : n + 1], one, number, lattice, spacings, sigma, cutoff, 0.0, model, no_species)
+            add_gaussian(frac[n], one, lattice, spacings, sigma, cutoff, model)
         if largest < 1e-6:
             break
     return frac

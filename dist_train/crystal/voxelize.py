@@ -9,6 +9,7 @@ Species is the atomic number of the nearest atom within the radius, else 0; a ti
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from math import ceil
 
 import numpy as np
@@ -33,12 +34,15 @@ class VoxelGrid:
     species_DHW: NDArray[np.uint8]
 
 
+@cache
 def code_table(spec: GridSpec) -> NDArray[np.float32]:
     """[MAX_Z + 1, C] height of an atom's Gaussian in each density channel, by atomic number."""
     blocks = [element_code(kind) for kind in spec.channels]
     norm = (2 * np.pi) ** -1.5 * spec.sigma_A**-3
     scaled = [block * norm if kind == "z_density" else block for kind, block in zip(spec.channels, blocks, strict=True)]
-    return np.concatenate(scaled, axis=1).astype(np.float32)
+    table = np.concatenate(scaled, axis=1).astype(np.float32)
+    table.flags.writeable = False
+    return table
 
 
 def n_channels(spec: GridSpec) -> int:
@@ -97,33 +101,79 @@ def voxelize(crystal: Crystal, spec: GridSpec) -> VoxelGrid:
 @njit(cache=True, nogil=True)
 def stamp(frac_N3, codes_NC, numbers_N, lattice, spacings, sigma, cutoff, radius, density_CDHW, species_DHW):  # type: ignore[no-untyped-def]
     """Add atoms to `density_CDHW` and write `species_DHW` in place; every image within `cutoff` angstrom counts."""
-    n_atoms, n_channel = codes_NC.shape
-    _, n0, n1, n2 = density_CDHW.shape
-    nearest = np.full((n0, n1, n2), np.inf, np.float64)
-    channels = np.empty(n_channel, np.int64)
-    for atom in range(n_atoms):
-        used = 0
-        for c in range(n_channel):
-            if codes_NC[atom, c] != 0:
-                channels[used] = c
-                used += 1
-        u0, u1, u2 = frac_N3[atom, 0] * n0, frac_N3[atom, 1] * n1, frac_N3[atom, 2] * n2
-        r0, r1, r2 = cutoff / spacings[0] * n0, cutoff / spacings[1] * n1, cutoff / spacings[2] * n2
-        for i in range(int(np.ceil(u0 - r0)), int(np.floor(u0 + r0)) + 1):
-            for j in range(int(np.ceil(u1 - r1)), int(np.floor(u1 + r1)) + 1):
-                f0, f1 = (i - u0) / n0, (j - u1) / n1
-                x = f0 * lattice[0, 0] + f1 * lattice[1, 0]
-                y = f0 * lattice[0, 1] + f1 * lattice[1, 1]
-                z = f0 * lattice[0, 2] + f1 * lattice[1, 2]
-                for k in range(int(np.ceil(u2 - r2)), int(np.floor(u2 + r2)) + 1):
-                    f2 = (k - u2) / n2
-                    d2 = (x + f2 * lattice[2, 0]) ** 2 + (y + f2 * lattice[2, 1]) ** 2 + (z + f2 * lattice[2, 2]) ** 2
-                    if d2 > cutoff * cutoff:
-                        continue
-                    a, b, c = i % n0, j % n1, k % n2
-                    height = np.exp(-0.5 * d2 / (sigma * sigma))
-                    for m in range(used):
-                        density_CDHW[channels[m], a, b, c] += codes_NC[atom, channels[m]] * height
-                    if d2 <= radius * radius and d2 < nearest[a, b, c]:
-                        nearest[a, b, c] = d2
-                        species_DHW[a, b, c] = numbers_N[atom]
+    nearest = np.full(species_DHW.shape, np.inf, np.float64)
+    for atom in range(len(frac_N3)):
+        add_gaussian(frac_N3[atom], codes_NC[atom], lattice, spacings, sigma, cutoff, density_CDHW)
+        _mark_species(frac_N3[atom], numbers_N[atom], lattice, spacings, radius, nearest, species_DHW)
+
+
+@njit(cache=True, nogil=True)
+def add_gaussian(frac, code, lattice, spacings, sigma, cutoff, density_CDHW):  # type: ignore[no-untyped-def]
+    """Add code * exp(-d^2 / 2 sigma^2) of one atom and its images.
+
+    Along a grid row d^2 is quadratic in the index, so the Gaussian follows from its neighbour by two products: two
+    exponentials a row instead of one a voxel.
+    """
+    n_channel, n0, n1, n2 = density_CDHW.shape
+    u0, u1, u2 = frac[0] * n0, frac[1] * n1, frac[2] * n2
+    r0, r1 = cutoff / spacings[0] * n0, cutoff / spacings[1] * n1
+    c2 = (lattice[2, 0] ** 2 + lattice[2, 1] ** 2 + lattice[2, 2] ** 2) / n2**2
+    scale = -0.5 / (sigma * sigma)
+    second = np.exp(2.0 * scale * c2)
+    row = np.empty(int(2.0 * cutoff / np.sqrt(c2)) + 2, np.float32)
+    for i in range(int(np.ceil(u0 - r0)), int(np.floor(u0 + r0)) + 1):
+        for j in range(int(np.ceil(u1 - r1)), int(np.floor(u1 + r1)) + 1):
+            f0, f1 = (i - u0) / n0, (j - u1) / n1
+            c0, c1 = 0.0, 0.0  # d^2 = c0 + c1 t + c2 t^2 at t voxels from u2
+            for axis in range(3):
+                across = f0 * lattice[0, axis] + f1 * lattice[1, axis]
+                c0 += across * across
+                c1 += 2.0 * across * lattice[2, axis] / n2
+            inside = cutoff * cutoff - c0 + c1 * c1 / (4.0 * c2)
+            if inside < 0:
+                continue
+            middle, half = u2 - c1 / (2.0 * c2), np.sqrt(inside / c2)
+            first, last = int(np.ceil(middle - half)), int(np.floor(middle + half))
+            if last < first:
+                continue
+            t = first - u2
+            height = np.exp(scale * (c0 + t * (c1 + c2 * t)))
+            factor = np.exp(scale * (c1 + c2 * (2.0 * t + 1.0)))
+            for k in range(last - first + 1):
+                row[k] = height
+                height *= factor
+                factor *= second
+            for channel in range(n_channel):
+                if code[channel] != 0:
+                    _add_row(density_CDHW[channel, i % n0, j % n1], row[: last - first + 1], first % n2, code[channel])
+
+
+@njit(cache=True, nogil=True)
+def _add_row(target, row, start, height):  # type: ignore[no-untyped-def]
+    """target[start:] += height * row, going round the end of `target` as often as needed."""
+    done = 0
+    while done < len(row):
+        size = min(len(target) - start, len(row) - done)
+        for k in range(size):
+            target[start + k] += height * row[done + k]
+        done, start = done + size, 0
+
+
+@njit(cache=True, nogil=True)
+def _mark_species(frac, number, lattice, spacings, radius, nearest, species):  # type: ignore[no-untyped-def]
+    """Write an atom's number where it, or an image, is within `radius` and nearer than every atom before it."""
+    n0, n1, n2 = species.shape
+    u0, u1, u2 = frac[0] * n0, frac[1] * n1, frac[2] * n2
+    r0, r1, r2 = radius / spacings[0] * n0, radius / spacings[1] * n1, radius / spacings[2] * n2
+    for i in range(int(np.ceil(u0 - r0)), int(np.floor(u0 + r0)) + 1):
+        for j in range(int(np.ceil(u1 - r1)), int(np.floor(u1 + r1)) + 1):
+            for k in range(int(np.ceil(u2 - r2)), int(np.floor(u2 + r2)) + 1):
+                d2 = 0.0
+                for axis in range(3):
+                    delta = (i - u0) / n0 * lattice[0, axis] + (j - u1) / n1 * lattice[1, axis]
+                    delta += (k - u2) / n2 * lattice[2, axis]
+                    d2 += delta * delta
+                a, b, c = i % n0, j % n1, k % n2
+                if d2 <= radius * radius and d2 < nearest[a, b, c]:
+                    nearest[a, b, c] = d2
+                    species[a, b, c] = number
