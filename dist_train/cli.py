@@ -55,6 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_register(verbs)
     _add_evaluate(verbs)
     _add_generate(verbs)
+    _add_bench(verbs)
     return parser
 
 
@@ -218,3 +219,21 @@ def _generate(options: argparse.Namespace) -> str:
         options.task, options.inputs, options.model, options.tracking_uri, options.out, options.n, options.steps,
         options.seed,
     )  # fmt: skip
+
+
+def _add_bench(verbs: Verbs) -> None:
+    parser = _verb(verbs, "bench", "measure the speed of the crystal core on this machine, beside the targets")
+    parser.add_argument("names", nargs="+", choices=("voxelize", "decode"), help="what to measure")
+    parser.add_argument("--json", action="store_true", help="print one JSON object with `rows` instead of a table")
+    parser.add_argument("--sample", type=Path, default=Path("data/sample"), help="folder of the shipped crystals")
+    parser.set_defaults(run=_bench)
+
+
+def _bench(options: argparse.Namespace) -> str:
+    import json
+
+    from dist_train.bench import run
+    from dist_train.tables import bench_table
+
+    rows = run(options.names, options.sample)
+    return json.dumps({"rows": rows}, indent=1) if options.json else bench_table(rows)

@@ -23,3 +23,14 @@ def metrics_table(metrics: dict[str, Any]) -> str:
         cells = ["-" if value is None else form.format(value) for value in values]
         lines.append(f"  {label:<24}" + "".join(f"{cell:>18}" for cell in cells))
     return "\n".join(lines)
+
+
+def bench_table(rows: list[dict[str, Any]]) -> str:
+    """Measurements beside their targets, one a line."""
+    lines = []
+    for row in rows:
+        ratio = f"{row['ratio']:8.0f} x" if row["ratio"] is not None else " " * 10
+        target = f"target {row['target']:g}" if row["target"] is not None else ""
+        verdict = {True: "holds", False: "MISSED", None: ""}[row["holds"]]
+        lines.append(f"{row['value']:12.4g} {row['unit']:<6}{ratio}  {target:<14}{verdict:<8}{row['case']}")
+    return "\n".join(lines)

@@ -19,7 +19,7 @@ LAYERS = (
     ("crystal",),
     ("models",),
     ("shards",),
-    ("training", "generate", "evaluate", "report", "evaluate_report", "figures", "tables"),
+    ("training", "generate", "evaluate", "report", "evaluate_report", "figures", "tables", "bench"),
     ("backends",),
     ("commands",),
     ("demo",),
