@@ -13,6 +13,10 @@ from typing import TypeAlias
 from dist_train import __version__
 from dist_train.errors import DistTrainError
 
+_USERS_FAULTS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR,
+)  # fmt: skip
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb. Exit codes: 0 done, 2 an error that the user can mend (one message), 130 interrupted."""
@@ -22,9 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DistTrainError as error:
         return _fail(str(error))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in _USERS_FAULTS or not error.filename:
             raise
-        return _fail(f"{error.filename or 'the output'}: {error.strerror}; mend that or choose another folder")
+        return _fail(f"{error.filename}: {error.strerror}; mend that or choose another folder")
     except KeyboardInterrupt:
         return _fail("interrupted; the same command takes the work up again", code=130)
     if text:
@@ -102,6 +106,13 @@ def _add_demo(verbs: Verbs) -> None:
     parser.add_argument("--port", type=int, default=0, help="port of the two training ranks; 0 takes a free one")
     parser.add_argument("--epochs", type=int, help="train for fewer epochs than the run file says (a shorter, worse demo)")
     parser.set_defaults(run=_demo)
+
+
+def _count(text: str) -> int:
+    """A whole number from 0 up."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 up")
+    return int(text)
 
 
 def _demo(options: argparse.Namespace) -> str:
@@ -183,9 +194,9 @@ def _add_evaluate(verbs: Verbs) -> None:
     parser.add_argument("--shards", type=Path, required=True, help="folder of shards")
     parser.add_argument("--split", default="test", help="split that the model was not trained on")
     parser.add_argument("--out", type=Path, required=True, help="output folder")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that compare structures")
-    parser.add_argument("--samples", type=int, default=16, help="crystals to sample for the report")
-    parser.add_argument("--steps", type=int, default=9, help="steps of the interpolation in the report; 0 for none")
+    parser.add_argument("--workers", type=_count, default=os.cpu_count() or 1, help="processes that compare structures")
+    parser.add_argument("--samples", type=_count, default=16, help="crystals to sample for the report")
+    parser.add_argument("--steps", type=_count, default=9, help="steps of the interpolation in the report; 0 for none")
     parser.set_defaults(run=_evaluate)
 
 
@@ -206,9 +217,9 @@ def _add_generate(verbs: Verbs) -> None:
     parser.add_argument("inputs", nargs="*", help="crystals (CIF files, folders, Parquet) to reconstruct or interpolate")
     _model_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="output folder")
-    parser.add_argument("-n", type=int, default=16, help="crystals to sample")
-    parser.add_argument("--steps", type=int, default=9, help="crystals on the way, both ends included")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the samples: same seed, same crystals")
+    parser.add_argument("-n", type=_count, default=16, help="crystals to sample")
+    parser.add_argument("--steps", type=_count, default=9, help="crystals on the way, both ends included")
+    parser.add_argument("--seed", type=_count, default=0, help="seed of the samples: same seed, same crystals")
     parser.set_defaults(run=_generate)
 
 

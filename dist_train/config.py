@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -169,6 +170,12 @@ class TrackingConfig(Section):
     """Artifact root of a new experiment; null leaves it to the server."""
     model_name: str = "crystal-autoencoder"
     """Name of the registered model."""
+
+    @model_validator(mode="after")
+    def _known_scheme(self) -> Self:
+        if self.uri is not None and not re.match(r"https?://|(sqlite|postgresql|mysql|mssql)(\+\w+)?://", self.uri):
+            raise ValueError(f"uri {self.uri!r} is no MLflow server: http(s)://... or a database such as sqlite:///FILE")
+        return self
 
 
 class RunConfig(Section):

@@ -89,6 +89,7 @@ def run_demo(out: Path, port: int, epochs: int | None) -> str:
     config = load_config(run_file("demo"), tuple(demo.overrides))
     _check_port(demo.port)
     _clear(out)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running stage is ended too
     began = time.perf_counter()
     _stages(demo, config)
     return _closing(demo, time.perf_counter() - began)
@@ -98,7 +99,7 @@ def _stages(demo: Demo, config: RunConfig) -> None:
     cli = [sys.executable, "-m", "dist_train"]
     out = demo.out
     launcher = [
-        str(Path(sys.executable).with_name("deepspeed")), "--quiet", "--num_accelerators", str(_ranks()),
+        str(Path(sys.executable).with_name("deepspeed")), "--quiet", "--num_accelerators", str(_ranks(config)),
         "--master_port", str(demo.port), "--no_local_rank", "--module", "dist_train", "train", *demo.config("demo"),
     ]  # fmt: skip
     demo.run(
@@ -112,7 +113,7 @@ def _stages(demo: Demo, config: RunConfig) -> None:
     crystals = len(Index.read(out / "shards" / "perov_5").samples("train"))
     halfway = config.train.epochs * (crystals // config.train.global_batch_size) // 2
     demo.run(
-        f"DeepSpeed trains VAE and attention U-Net on {_ranks()} ranks, and is stopped halfway",
+        f"DeepSpeed trains VAE and attention U-Net on {_ranks(config)} ranks, and is stopped halfway",
         [*launcher, "--set", f"train.stop_after_step={max(halfway, 1)}"], f"{out}/train/checkpoints",
     )  # fmt: skip
     demo.run("the same command goes on from the checkpoint to the end", launcher, f"{out}/train")
@@ -152,9 +153,12 @@ def _closing(demo: Demo, seconds: float) -> str:
     )
 
 
-def _ranks() -> int:
-    """One rank a GPU, two where there is none."""
-    return _gpus() or RANKS
+def _ranks(config: RunConfig) -> int:
+    """One rank a GPU (as many as share the global batch evenly), two where there is none."""
+    ranks = _gpus() or RANKS
+    while config.train.global_batch_size % ranks:
+        ranks -= 1
+    return ranks
 
 
 @cache

@@ -10,6 +10,7 @@ from dist_train.crystal.cif import write_cif
 from dist_train.crystal.decode import Decoded
 from dist_train.evaluate import Evaluation
 from dist_train.report import Pair, Table, write_report
+from dist_train.tables import exposure
 
 SHOWN_PAIRS = 60
 METRICS = (
@@ -31,7 +32,7 @@ def write_evaluation_report(
     """Write the page; misses come first among the crystals shown."""
     systems = {"model": metrics, **{name: metrics[name] for _, name in SYSTEMS[1:]}}
     overview = Table(
-        "Held-out crystals",
+        "Reconstruction",
         ("metric", *(label for label, _ in SYSTEMS)),
         tuple((label, *(systems[name][key] for _, name in SYSTEMS)) for label, key in METRICS),
         "Rates are shares of all test crystals; a failed decode is a miss. Composition validity is not part of the match.",
@@ -50,9 +51,9 @@ def write_evaluation_report(
         path,
         title=title,
         summary=(
-            f"{metrics['n_test']} crystals that the model was not trained on: {metrics['match_rate']:.1%} match, "
+            f"{metrics['n_test']} crystals: {metrics['match_rate']:.1%} match, "
             f"against {metrics['match_rate_nearest_training'] or 0:.1%} for the nearest training crystal and "
-            f"{metrics['match_rate_ceiling']:.1%} for the decoder fed the true grids."
+            f"{metrics['match_rate_ceiling']:.1%} for the decoder fed the true grids; {exposure(metrics)}."
         ),
         tables=(overview, sizes, worst),
         pairs=tuple(_pairs(result)),

@@ -37,7 +37,7 @@ def decode(codec: Codec, latent_NL: Tensor, ids: Sequence[str]) -> Iterator[Deco
 
 def sample_latents(codec: Codec, n: int, seed: int) -> Tensor:
     """[n, latent] draws from the Gaussian that was fitted to the training crystals' latents; same seed, same draws."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed % 2**63)
     noise = torch.randn(n, codec.model.model.latent, generator=generator)
     return codec.model.prior_mean.cpu().float() + noise @ codec.model.prior_cholesky.cpu().float().T
 

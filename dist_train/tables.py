@@ -17,11 +17,12 @@ _COLUMNS = (("model", None), ("nearest training", "nearest_training"), ("ceiling
 
 def metrics_table(metrics: dict[str, Any]) -> str:
     """The model beside the nearest training crystal and the ceiling, one metric a line."""
-    lines = [f"{metrics['n_test']} held-out crystals".ljust(26) + "".join(f"{name:>18}" for name, _ in _COLUMNS)]
+    lines = [f"{metrics['n_test']} crystals".ljust(26) + "".join(f"{name:>18}" for name, _ in _COLUMNS)]
     for label, key, form in _ROWS:
         values = [(metrics[system] if system else metrics)[key] for _, system in _COLUMNS]
         cells = ["-" if value is None else form.format(value) for value in values]
         lines.append(f"  {label:<24}" + "".join(f"{cell:>18}" for cell in cells))
+    lines.append(f"  {exposure(metrics)}")
     return "\n".join(lines)
 
 
@@ -34,3 +35,11 @@ def bench_table(rows: list[dict[str, Any]]) -> str:
         verdict = {True: "holds", False: "MISSED", None: ""}[row["holds"]]
         lines.append(f"{row['value']:12.4g} {row['unit']:<6}{ratio}  {target:<14}{verdict:<8}{row['case']}")
     return "\n".join(lines)
+
+
+def exposure(metrics: dict[str, Any]) -> str:
+    """Whether the model may have been trained on crystals that it was evaluated on, in a sentence."""
+    seen, total = metrics["n_maybe_trained_on"], metrics["n_test"]
+    if not seen:
+        return f"none of the {total} crystals has a formula of the model's training split"
+    return f"CAUTION: {seen} of the {total} crystals have a formula of the model's training split: this is no held-out test"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +24,7 @@ from dist_train.shards.writer import build_shard
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "data" / "sample"
-VERBS = ("demo", "config", "voxelize", "verify", "train", "register", "evaluate", "generate")
+VERBS = ("demo", "config", "voxelize", "verify", "train", "register", "evaluate", "generate", "bench")
 LIMIT_S = 60
 TRAINING_CRYSTALS = 8
 
@@ -302,3 +304,28 @@ def test_demo_elsewhere_than_in_the_clone(tmp_path: Path) -> None:
     message = error_of(run(*demo(tmp_path / "out"), cwd=tmp_path))
     assert message.startswith(f"the demo reads data/sample: run it in {ROOT}")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_ended_demo_takes_its_stage_with_it(tmp_path: Path) -> None:
+    """SIGTERM, as a scheduler or a time limit sends it: the stage has its own process group and must not live on."""
+    command = [sys.executable, "-m", "dist_train", "demo", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        command, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        assert process.stdout
+        while "$ dist-train voxelize" not in process.stdout.readline():
+            assert process.poll() is None
+        deadline = time.monotonic() + LIMIT_S
+        while not (stages := psutil.Process(process.pid).children()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(1)  # the stage is up and at work
+        process.terminate()
+        assert process.wait(LIMIT_S) == 143
+        gone, alive = psutil.wait_procs(stages, timeout=LIMIT_S)
+        assert (len(gone), alive) == (1, [])
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()

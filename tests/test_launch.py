@@ -16,6 +16,9 @@ import yaml
 from safetensors.torch import load_file
 from small_run import ROOT, small_config, write_small_shards
 
+from dist_train.commands.training import check_training
+from dist_train.config import load_config
+from dist_train.errors import ConfigError
 from dist_train.training.tracker import read_spool
 
 LIMIT_S = 150
@@ -129,3 +132,12 @@ def test_a_fault_that_all_ranks_find_is_told_once(config: Path, tmp_path: Path) 
     assert "train_batch_size" in errors[0]
     assert "train.global_batch_size" in errors[0]
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_zero_stages_that_can_not_keep_the_promises_are_refused(config: Path, tmp_path: Path, stage: int) -> None:
+    other = tmp_path / "zero.json"
+    other.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    run = load_config(config, (f"engine.deepspeed_json={other}",))
+    with pytest.raises(ConfigError, match=rf"ZeRO stage {stage}; this program runs \[1, 2\]"):
+        check_training(run, 2)

@@ -32,6 +32,9 @@ OWNED_KEYS = {
 """Keys of a DeepSpeed JSON that RunConfig owns, and where each belongs."""
 
 
+ZERO_STAGES = (1, 2)
+
+
 def init_process_group() -> tuple[int, int]:
     """(rank, ranks) of this process, joined to the others; a process without a launcher is a group of one."""
     if not torch.cuda.is_available():
@@ -67,6 +70,13 @@ def deepspeed_config(config: RunConfig, ranks: int) -> dict[str, Any]:
             extra = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise ConfigError(f"engine.deepspeed_json {path} can't be read: {error}") from None
+    if not isinstance(extra, dict):
+        raise ConfigError(f"engine.deepspeed_json {path} holds a {type(extra).__name__}, not an object")
+    extra.setdefault("zero_optimization", {"stage": 1})
+    stage = extra["zero_optimization"].get("stage")
+    if stage not in ZERO_STAGES:
+        # Stage 0 applies a non-finite gradient without a word; stage 3 leaves no whole weights to average or export.
+        raise ConfigError(f"{path} sets ZeRO stage {stage}; this program runs {list(ZERO_STAGES)}")
     for key in extra.keys() & OWNED_KEYS.keys():
         raise ConfigError(f"{path} sets {key!r}, which {OWNED_KEYS[key]} of the run file decides: remove it from {path}")
     return {
@@ -90,10 +100,10 @@ class DeepSpeedEngine:
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         self.objective = JointObjective(model.to(self.device), config.train, self.device, dtype)
         self.average = WeightAverage(model, config.train.ema_decay)
+        settings = deepspeed_config(config, self.ranks)
+        self.layout = f"deepspeed, ZeRO {settings['zero_optimization']['stage']}, {self.ranks} ranks"
         self.engine, *_ = deepspeed.initialize(
-            model=self.objective,
-            optimizer=make_optimizer(model, config),
-            config=deepspeed_config(config, self.ranks),
+            model=self.objective, optimizer=make_optimizer(model, config), config=settings
         )
 
     def step(self, batch: CrystalBatch, noise: Noise, learning_rate: float) -> StepResult:
@@ -111,6 +121,10 @@ class DeepSpeedEngine:
         return StepResult(
             means[0], dict(zip(names, means[1:], strict=True)), float("nan") if norm is None else float(norm), applied
         )
+
+    def loss(self, batch: CrystalBatch, noise: Noise) -> tuple[Tensor, dict[str, Tensor]]:
+        found: tuple[Tensor, dict[str, Tensor]] = self.objective(batch.to(self.device), noise)
+        return found
 
     def total(self, values: list[float]) -> list[float]:
         summed = torch.tensor(values, dtype=torch.float64, device=self.device)

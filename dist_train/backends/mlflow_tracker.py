@@ -80,7 +80,8 @@ class MlflowUploader:
                 self._system.finish()
             client.set_terminated(self.run_id, status)
         except Exception as error:  # whatever a server or its client raises must not end a finished training
-            log.warning("MLflow at %s can't be reached (%s); the metrics are in %s", self._uri, error, self.spool)
+            reason = str(error).splitlines()[0]
+            log.warning("MLflow at %s can't be reached (%s); the metrics are in %s", self._uri, reason, self.spool)
             return False
         return True
 
@@ -115,20 +116,33 @@ class MlflowUploader:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         kept = self.spool.with_name("mlflow_run_id")
-        resumed = kept.exists()
-        if resumed:
-            run_id = kept.read_text()
-            client.update_run(run_id, status="RUNNING")
-        else:
+        run = _known_run(client, kept.read_text()) if kept.exists() else None
+        resumed = run is not None
+        if run is None:
             experiment = _experiment(client, self.config.tracking)
-            run_id = client.create_run(experiment, run_name=self.config.run_dir.name, tags=self.tags).info.run_id
-            kept.write_text(run_id)
+            run = client.create_run(experiment, run_name=self.config.run_dir.name, tags=self.tags)
+            kept.write_text(run.info.run_id)
+        run_id = str(run.info.run_id)
+        client.update_run(run_id, status="RUNNING")
+        if "run_dir" not in run.data.params:
             _log_config(client, run_id, self.config)
         self._system = SystemMetricsMonitor(
             run_id, sampling_interval=SYSTEM_SECONDS, samples_before_logging=1, resume_logging=resumed
         )
         self._system.start()
         return run_id
+
+
+def _known_run(client: MlflowClient, run_id: str) -> Any:
+    """The run of this id, or None where this server has none (another server than on the first start)."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
 
 
 def _experiment(client: MlflowClient, tracking: TrackingConfig) -> str:
@@ -173,9 +187,7 @@ def register(tracking: TrackingConfig, bundle: Path, run_id: str, alias: str | N
     with tempfile.TemporaryDirectory() as folder:
         code = Path(folder) / "dist_train"
         shutil.copytree(Path(package).parent, code, ignore=shutil.ignore_patterns("__pycache__"))
-        with warnings.catch_warnings(), mlflow.start_run(run_id=run_id, log_system_metrics=False):
-            # MLflow asks for type hints on `predict`, from which it would make another signature than the given one.
-            warnings.filterwarnings("ignore", category=UserWarning, module="mlflow")
+        with mlflow.start_run(run_id=run_id, log_system_metrics=False):
             info = mlflow.pyfunc.log_model(
                 name="model", python_model=str(MODEL_CODE), artifacts={"bundle": str(bundle)}, code_paths=[str(code)],
                 pip_requirements=_pinned(REQUIREMENTS), signature=infer_signature(columns, output), input_example=columns,
@@ -198,10 +210,13 @@ def pull(uri: str, model: str, folder: Path) -> Path:
 
     Raises ModelError naming the known aliases and versions where there is no such model.
     """
-    client = _client(uri)
     import mlflow
     from mlflow.exceptions import MlflowException
 
+    try:
+        client = _client(uri)
+    except MlflowException as error:
+        raise ModelError(f"{model} can't be pulled: {uri!r} is no MLflow server ({error.message})") from None
     try:
         where = mlflow.artifacts.download_artifacts(model, dst_path=str(folder))
     except MlflowException as error:
@@ -216,7 +231,10 @@ def _known(client: MlflowClient, model: str) -> str:
     try:
         found = client.get_registered_model(name)
     except MlflowException:
-        names = [m.name for m in client.search_registered_models()]
+        try:
+            names = [m.name for m in client.search_registered_models()]
+        except MlflowException:
+            return ""
         return f"no model is called {name!r}; known: {', '.join(names) or 'none'}"
     versions = [str(v.version) for v in client.search_model_versions(f"name = '{name}'")]
     return f"{name} has the aliases {sorted(found.aliases)} and the versions {sorted(versions, key=int)}"
@@ -227,22 +245,25 @@ def set_pyfunc_model() -> None:
     import mlflow.pyfunc
     from mlflow.models import set_model
 
-    class CrystalModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc,unused-ignore]
-        """DataFrame with a column `cif` -> reconstructed cif, latent (JSON list), confidence, error, row by row."""
+    with warnings.catch_warnings():
+        # MLflow asks for type hints on `predict`, from which it would make another signature than the given one.
+        warnings.simplefilter("ignore", UserWarning)
 
-        def load_context(self, context: Any) -> None:
-            from dist_train.models.export import read_bundle
-            from dist_train.models.reconstruct import Codec
+        class CrystalModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc,unused-ignore]
+            """DataFrame with a column `cif` -> reconstructed cif, latent (JSON list), confidence, error, row by row."""
 
-            self.codec = Codec(read_bundle(Path(context.artifacts["bundle"]))[0])
+            def load_context(self, context: Any) -> None:
+                from dist_train.models.export import read_bundle
+                from dist_train.models.reconstruct import Codec
 
-        # Unannotated: MLflow reads a schema from the hints, and the signature given at registration is the right one.
-        def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
-            import pandas as pd
+                self.codec = Codec(read_bundle(Path(context.artifacts["bundle"]))[0])
 
-            from dist_train.generate import reconstruct_cifs
+            def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+                import pandas as pd
 
-            return pd.DataFrame(reconstruct_cifs(self.codec, list(model_input["cif"])))
+                from dist_train.generate import reconstruct_cifs
+
+                return pd.DataFrame(reconstruct_cifs(self.codec, list(model_input["cif"])))
 
     set_model(CrystalModel())
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dist_train.config import GridSpec
 from dist_train.crystal.cif import write_cif
+from dist_train.crystal.decode import Decoded
 from dist_train.crystal.metrics import structure_valid
 from dist_train.crystal.structure import Crystal
 from dist_train.crystal.voxelize import representable
@@ -24,20 +27,22 @@ from dist_train.models.export import read_bundle
 from dist_train.models.reconstruct import Codec
 from dist_train.progress import Progress
 from dist_train.shards.index import Index
-from dist_train.shards.plan import discover, read_chunk
+from dist_train.shards.plan import discover, read_chunk, split_of
 from dist_train.shards.reader import ShardReader
 
 
-def load_codec(model: str, tracking_uri: str | None) -> Codec:
-    """The model of a bundle folder or of a registry entry 'models:/NAME@ALIAS', ready for use."""
+def load_codec(model: str, tracking_uri: str | None) -> tuple[Codec, dict[str, Any]]:
+    """The model of a bundle folder or of a registry entry 'models:/NAME@ALIAS', ready for use, and its config."""
     if not model.startswith("models:/"):
-        return Codec(read_bundle(Path(model))[0])
+        network, config = read_bundle(Path(model))
+        return Codec(network), config
     if not tracking_uri:
         raise ConfigError(f"{model} is in a registry: give --tracking-uri or set MLFLOW_TRACKING_URI")
     from dist_train.backends.mlflow_tracker import pull
 
     with tempfile.TemporaryDirectory() as folder:
-        return Codec(read_bundle(pull(tracking_uri, model, Path(folder)))[0])
+        network, config = read_bundle(pull(tracking_uri, model, Path(folder)))
+        return Codec(network), config
 
 
 def read_crystals(inputs: Iterable[str], grid: GridSpec) -> list[Crystal]:
@@ -57,8 +62,7 @@ def evaluate(
     """Evaluate a model on a split of shards; writes metrics.json, report.html and CIF files, returns the metrics."""
     if out.exists() and not (out / "metrics.json").exists() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty and holds no evaluation; set --out to another folder")
-    shutil.rmtree(out / "cifs", ignore_errors=True)
-    codec, index = load_codec(model, tracking_uri), Index.read(shards)
+    (codec, bundle), index = load_codec(model, tracking_uri), Index.read(shards)
     test, training = ShardReader(index, split), ShardReader(index, "train")
     crystals = [test.crystal(place) for place in range(len(test))]
     candidates = [training.crystal(place) for place in range(len(training))]
@@ -66,9 +70,15 @@ def evaluate(
     with Progress("evaluate", 5 * len(crystals), "comparisons") as progress:
         result = evaluate_model(codec, crystals, candidates, spec, workers, lambda stage, n: progress.update(n, stage=stage))
     look = _look_around(codec, result, n_samples, steps)
-    metrics = _metrics(result, look)
+    metrics = {**_metrics(result, look), "n_maybe_trained_on": _maybe_trained_on(crystals, bundle)}
     _write_evaluation(out, model, split, result, look, metrics)
     return metrics
+
+
+def _maybe_trained_on(crystals: Sequence[Crystal], bundle: dict[str, Any]) -> int:
+    """Crystals whose formula the model's own data set gives to its training split."""
+    splits = bundle["about"].get("run", {}).get("data", {}).get("splits", {})
+    return sum(split_of(crystal.formula, splits) == "train" for crystal in crystals) if splits else len(crystals)
 
 
 def _look_around(codec: Codec, result: Evaluation, n_samples: int, steps: int) -> dict[str, list[Any]]:
@@ -102,37 +112,46 @@ def _metrics(result: Evaluation, look: dict[str, list[Any]]) -> dict[str, Any]:
 def _write_evaluation(
     out: Path, model: str, split: str, result: Evaluation, look: dict[str, list[Any]], metrics: dict[str, Any]
 ) -> None:
+    shutil.rmtree(out / "cifs", ignore_errors=True)
     groups = {"reconstructed": result.reconstructed, **look}
     for group, decoded in groups.items():
-        folder = out / "cifs" / group
-        folder.mkdir(parents=True, exist_ok=True)
-        for item in decoded:
-            if item.crystal is not None:
-                name = "".join(c if c.isalnum() or c in "-_." else "_" for c in item.crystal.id)
-                (folder / f"{name}.cif").write_text(write_cif(item.crystal))
+        _write_cifs(out / "cifs" / group, decoded)
     write_text(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     write_evaluation_report(out / "report.html", f"{model} on the {split} split", result, look, metrics)
+
+
+def _write_cifs(folder: Path, decoded: Iterable[Decoded]) -> None:
+    """A CIF file for each crystal, named by its id; ids that give the same name are numbered, so that none is lost."""
+    names: Counter[str] = Counter()
+    for item in decoded:
+        if item.crystal is not None:
+            name = re.sub(r"[^\w.-]", "_", item.crystal.id)
+            names[name] += 1
+            count = names[name]
+            write_text(folder / (f"{name}-{count}.cif" if count > 1 else f"{name}.cif"), write_cif(item.crystal))
 
 
 def generate(
     task: str, inputs: Sequence[str], model: str, tracking_uri: str | None, out: Path, n: int, steps: int, seed: int
 ) -> str:
     """Reconstruct, sample or interpolate; writes CIF files, returns a summary."""
-    codec = load_codec(model, tracking_uri)
+    wanted = {"sample": len(inputs) == 0, "interpolate": len(inputs) > 0, "reconstruct": len(inputs) > 0}
+    if not wanted[task]:
+        raise DataError(f"generate {task} takes {'no' if task == 'sample' else 'some'} crystals, {len(inputs)} were given")
+    codec, _ = load_codec(model, tracking_uri)
     crystals = read_crystals(inputs, codec.model.grid) if inputs else []
+    ids = [crystal.id for crystal in crystals]
     if task == "sample":
         ids = [f"sample-{seed}-{i:05d}" for i in range(n)]
         decoded = list(decode(codec, sample_latents(codec, n, seed), ids))
     elif task == "interpolate":
         if len(crystals) != 2:
-            raise DataError(f"interpolate takes two crystals, {len(crystals)} were given")
+            raise DataError(f"generate interpolate takes two crystals, {len(crystals)} were given")
         start, stop = encode(codec, [representable(crystal, codec.model.grid) for crystal in crystals])
         ids = [f"step-{i:02d}" for i in range(steps)]
         decoded = list(decode(codec, interpolate_latents(start, stop, steps), ids))
     else:
-        decoded, ids = reconstruct(codec, crystals), [crystal.id.replace("/", "_") for crystal in crystals]
-    for id, item in zip(ids, decoded, strict=True):
-        if item.crystal is not None:
-            write_text(out / f"{id}.cif", write_cif(item.crystal))
+        decoded = reconstruct(codec, crystals)
+    _write_cifs(out, decoded)
     failed = [f"\n  {id}: {item.reason}" for id, item in zip(ids, decoded, strict=True) if item.crystal is None]
     return f"{len(ids) - len(failed)} of {len(ids)} crystals written to {out}" + "".join(failed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -19,8 +20,8 @@ from dist_train.errors import CheckpointError, ConfigError, DistTrainError, Mode
 from dist_train.figures import loss_curves, slices
 from dist_train.files import write_text
 from dist_train.generate import encode
-from dist_train.models.autoencoder import CrystalAutoencoder, Statistics
-from dist_train.models.export import write_bundle
+from dist_train.models.autoencoder import CrystalAutoencoder, Statistics, check_grid
+from dist_train.models.export import read_bundle, write_bundle
 from dist_train.models.reconstruct import Codec
 from dist_train.shards.index import Index
 from dist_train.shards.reader import BatchPlan, ShardReader, collate
@@ -71,6 +72,7 @@ def check_training(config: RunConfig, ranks: int) -> Index:
     if config.engine.name == "torch" and ranks > 1:
         raise ConfigError(f"engine.name 'torch' runs one process, {ranks} were started; set engine.name=deepspeed")
     check_batch(config, ranks)
+    check_grid(config.grid)
     if config.engine.name == "deepspeed":
         from dist_train.backends.deepspeed_engine import deepspeed_config
 
@@ -99,11 +101,14 @@ def _check_same_run(config: RunConfig, before: RunConfig, run_dir: Path) -> None
         return {**values, "train": {k: v for k, v in values["train"].items() if k not in free}}
 
     now, then = deciding(config), deciding(before)
-    for section, values in now.items():
-        if values != then[section]:
-            raise CheckpointError(
-                f"{run_dir} holds another run: its {section} was {then[section]}, now {values}; set run_dir to a new folder"
-            )
+    for section, value in now.items():
+        values, old = (value, then[section]) if isinstance(value, dict) else ({"": value}, {"": then[section]})
+        for key in values:
+            if values[key] != old[key]:
+                name = f"{section}.{key}".rstrip(".")
+                raise CheckpointError(
+                    f"{run_dir} holds another run: its {name} was {old[key]}, now {values[key]}; set run_dir to a new folder"
+                )
 
 
 def _train_rank(config: RunConfig, index: Index, rank: int) -> str:
@@ -162,19 +167,30 @@ def build_model(config: RunConfig, index: Index, reader: ShardReader) -> Crystal
 def _first_state(config: RunConfig, index: Index, engine: Engine, checkpoints: Checkpoints) -> TrainState:
     """The state of the newest checkpoint, or that of a new run. Raises CheckpointError where the data have changed."""
     digest = hashlib.sha256(json.dumps(engine.objective.model.config(), sort_keys=True).encode()).hexdigest()[:16]
-    fresh = TrainState(0, config.seed, index.digest, digest)
+    fresh = TrainState(0, config.seed, index.digest, digest, engine.layout)
     found = checkpoints.newest()
     if found is None:
+        if engine.rank == 0:
+            _forget_other_data(config.run_dir, index.digest)
         return fresh
     folder, state = found
-    for name in ("seed", "data_digest", "model_digest"):
+    for name in ("seed", "data_digest", "model_digest", "layout"):
         if getattr(state, name) != getattr(fresh, name):
             raise CheckpointError(
-                f"checkpoint {folder} has {name} {getattr(state, name)}, this run {getattr(fresh, name)}; "
-                "set run_dir to a new folder"
+                f"checkpoint {folder} has the {name} {getattr(state, name)!r}, this run {getattr(fresh, name)!r}; "
+                "start it as before, or set run_dir to a new folder"
             )
     engine.load(folder / "engine")
     return state
+
+
+def _forget_other_data(run_dir: Path, data_digest: str) -> None:
+    """Drop the metrics of a run on other data that was ended before its first checkpoint."""
+    kept = run_dir / "data_digest"
+    if kept.exists() and kept.read_text() != data_digest:
+        for name in ("metrics.jsonl", "mlflow_run_id"):
+            (run_dir / name).unlink(missing_ok=True)
+    write_text(kept, data_digest)
 
 
 def _uploader(config: RunConfig, index: Index, spool: Path) -> MlflowUploader | None:
@@ -242,6 +258,9 @@ def register(run_dir: Path, alias: str | None) -> str:
     run_id = run_dir / "mlflow_run_id"
     if not (config.tracking.uri and run_id.is_file()):
         raise ConfigError(f"the run {run_dir} was not tracked by MLflow: set tracking.uri and train")
+    if alias is not None and (not re.fullmatch(r"[A-Za-z][\w-]*", alias) or re.fullmatch(r"latest|v\d+", alias)):
+        raise ConfigError(f"alias {alias!r} can't be used: letters, digits, '-' and '_', and neither 'latest' nor 'v1'")
+    read_bundle(bundle)
     example = ShardReader(Index.read(config.data.shards), "val").crystal(0)
     version = register_bundle(config.tracking, bundle, run_id.read_text(), alias, write_cif(example))
     name = config.tracking.model_name

@@ -60,12 +60,11 @@ class CrystalAutoencoder(nn.Module):
 
     def __init__(self, grid: GridSpec, model: ModelConfig, elements: tuple[int, ...], statistics: Statistics) -> None:
         super().__init__()
-        if grid.shape == "adaptive":
-            raise ModelError("grid.shape 'adaptive' can't be trained on: the latent needs one shape; set a number")
+        edge = check_grid(grid)
         if not elements:
             raise ModelError("no elements to tell apart: the training split is empty")
         self.grid, self.model, self.elements, self.statistics = grid, model, elements, statistics
-        shape = (grid.shape,) * 3
+        shape = (edge, edge, edge)
         channels = n_channels(grid)
         self.encoder = Encoder(channels, shape, model.vae_widths, model.latent)
         self.decoder = Decoder(channels, shape, model.vae_widths, model.latent, len(elements))
@@ -112,6 +111,15 @@ class CrystalAutoencoder(nn.Module):
             tuple(config["elements"]),
             Statistics(**statistics),
         )
+
+
+def check_grid(grid: GridSpec) -> int:
+    """Voxels along every axis. Raises ModelError for a grid that the networks can't be trained on."""
+    if grid.shape == "adaptive":
+        raise ModelError("grid.shape 'adaptive' can't be trained on: the latent needs one shape; set a number")
+    if "occupancy" not in grid.channels:
+        raise ModelError(f"grid.channels {list(grid.channels)} lack 'occupancy', which atoms are decoded from; add it")
+    return grid.shape
 
 
 def composition_gate(composition_BE: Tensor) -> Tensor:

@@ -60,10 +60,10 @@ def read_bundle(folder: Path) -> tuple[CrystalAutoencoder, dict[str, Any]]:
 
 def _check_sums(folder: Path) -> None:
     try:
-        lines = (folder / SUMS_NAME).read_text().splitlines()
+        lines = (folder / SUMS_NAME).read_text(errors="replace").splitlines()
     except OSError:
         raise ModelError(f"{folder} is no model bundle: it has no {SUMS_NAME}") from None
-    named = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    named = {name: digest for digest, name in (line.partition("  ")[::2] for line in lines)}
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         path = folder / name
         if not path.is_file() or named.get(name) != sha256(path):

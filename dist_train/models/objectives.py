@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,9 @@ from dist_train.models.losses import (
 )
 from dist_train.models.vae import Decoding
 
+PARTS = ("density", "species", "kl", "lattice", "count", "composition")
+"""Names of the loss parts; `LossWeights` has a weight for each."""
+
 
 @dataclass(frozen=True)
 class Noise:
@@ -31,7 +35,9 @@ class Noise:
     voxels_bDHW: Tensor
 
 
-def step_noise(seed: int, step: int, positions: range, share: float, latent: int, shape: int, device: torch.device) -> Noise:
+def step_noise(
+    seed: int, step: int, positions: Sequence[int], share: float, latent: int, shape: int, device: torch.device
+) -> Noise:
     """Noise of the crystals at some positions of a step's global batch.
 
     Each crystal's numbers are a pure function of (seed, step, position): resuming repeats them, and neither they nor the

@@ -12,6 +12,7 @@ import threading
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -95,6 +96,7 @@ def collate(records: list[Record]) -> CrystalBatch:
     )
 
 
+@lru_cache(maxsize=2)
 def epoch_order(samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """The places of a split in the order of an epoch: a pure function of its arguments."""
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(samples)

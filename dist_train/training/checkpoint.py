@@ -8,6 +8,7 @@ manifest, is never loaded. This is the only module that reads a pickle-based fil
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from dist_train.training.state import TrainState
 
 FULL_BYTES = 2**20
 """Free space below which a failed write is put down to a full disk."""
+log = logging.getLogger(__name__)
 _MARKER, _MANIFEST, _LATEST = "COMPLETE", "manifest.json", "latest"
 
 
@@ -73,8 +75,10 @@ class Checkpoints:
         temporary.rename(target)
         fsync(self.folder)
         write_text(self.folder / _LATEST, target.name)
-        for old in self.committed()[: -self.config.train.keep_checkpoints]:
-            shutil.rmtree(old)
+        # A later checkpoint was found damaged when this run resumed before it; it must not crowd out whole ones.
+        later = [folder for folder in self.committed() if folder.name > target.name]
+        for folder in (*later, *self.committed()[: -self.config.train.keep_checkpoints - len(later)]):
+            shutil.rmtree(folder)
 
     def committed(self) -> list[Path]:
         """Folders with a marker, oldest first."""
@@ -88,6 +92,8 @@ class Checkpoints:
         damaged: list[str] = []
         for folder in reversed(self.committed()):
             if (fault := find_fault(folder)) is None:
+                for line in damaged:
+                    log.warning("passed over a damaged checkpoint: %s", line)
                 return folder, TrainState.from_json((folder / "state.json").read_text())
             damaged.append(f"{folder}: {fault}")
         if damaged:
@@ -97,6 +103,8 @@ class Checkpoints:
 
 def find_fault(folder: Path) -> str | None:
     """What is wrong with a committed checkpoint, or None."""
+    if not (folder / _MANIFEST).is_file():
+        return f"{_MANIFEST} is missing"
     if sha256(folder / _MANIFEST) != (folder / _MARKER).read_text():
         return f"{_MANIFEST} was altered"
     for name, entry in json.loads((folder / _MANIFEST).read_text()).items():

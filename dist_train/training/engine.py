@@ -34,9 +34,14 @@ class Engine(Protocol):
     ranks: int
     device: torch.device
     objective: JointObjective
+    layout: str
+    """Engine, ZeRO stage and ranks: a checkpoint is loaded into the same layout only."""
 
     def step(self, batch: CrystalBatch, noise: Noise, learning_rate: float) -> StepResult:
         """Forward, backward and update on this rank's slice of the global batch."""
+
+    def loss(self, batch: CrystalBatch, noise: Noise) -> tuple[Tensor, dict[str, Tensor]]:
+        """The objective of this rank's batch alone, in the number format of `step`."""
 
     def total(self, values: list[float]) -> list[float]:
         """Sums over ranks."""
@@ -113,7 +118,7 @@ def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer
 class TorchEngine:
     """Plain PyTorch in one process; bf16 by autocast over float32 weights."""
 
-    rank, ranks = 0, 1
+    rank, ranks, layout = 0, 1, "torch, 1 rank"
 
     def __init__(self, model: CrystalAutoencoder, config: RunConfig) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -127,15 +132,19 @@ class TorchEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            loss, parts = self.objective(batch.to(self.device), noise)
-        loss.backward()
+        loss, parts = self.loss(batch, noise)
+        loss.backward()  # type: ignore[no-untyped-call]
         norm = float(torch.nn.utils.clip_grad_norm_(self.objective.parameters(), self.clip))
         applied = bool(torch.isfinite(loss)) and norm < float("inf")
         if applied:
             self.optimizer.step()
             self.average.update()
         return StepResult(loss.item(), {k: float(v) for k, v in parts.items()}, norm, applied)
+
+    def loss(self, batch: CrystalBatch, noise: Noise) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            found: tuple[Tensor, dict[str, Tensor]] = self.objective(batch.to(self.device), noise)
+        return found
 
     def total(self, values: list[float]) -> list[float]:
         return values

@@ -11,7 +11,7 @@ import torch
 from dist_train.config import RunConfig
 from dist_train.errors import DistTrainError
 from dist_train.models.autoencoder import CrystalBatch
-from dist_train.models.objectives import Noise, step_noise
+from dist_train.models.objectives import PARTS, Noise, step_noise
 from dist_train.models.reconstruct import Codec
 from dist_train.progress import Progress
 from dist_train.shards.reader import BatchPlan, ShardReader, collate, train_batches
@@ -21,6 +21,7 @@ from dist_train.training.state import TrainState, learning_rate
 from dist_train.training.tracker import Tracker
 
 VALIDATION_BATCH = 32
+VALIDATED = ("loss", *PARTS, "count_exact", "composition_exact")
 
 
 def fit(
@@ -76,7 +77,10 @@ def _nonfinite_message(in_a_row: int, step: int, train: ShardReader, plan: Batch
 
 @dataclass
 class Meter:
-    """Gathers steps between two records: mean losses, throughput, and the share of time spent waiting for data."""
+    """What is recorded now and then: the last step's losses, and since the last record throughput and waiting for data.
+
+    The losses are of one step, not means of a window: a resumed run records the same numbers as an uninterrupted one.
+    """
 
     global_batch: int
     shown: dict[str, str] = field(default_factory=dict)
@@ -99,14 +103,12 @@ class Meter:
         self._results.append(result)
 
     def take(self) -> dict[str, float]:
-        """The metrics since the last call."""
-        seconds, count = time.perf_counter() - self._since, len(self._results)
-        names = self._results[0].parts
-        means = {f"train/{name}": sum(r.parts[name] for r in self._results) / count for name in names}
+        """The metrics of now."""
+        seconds, count, last = time.perf_counter() - self._since, len(self._results), self._results[-1]
         figures = {
-            "train/loss": sum(r.loss for r in self._results) / count,
-            **means,
-            "gradient_norm": self._results[-1].gradient_norm,
+            "train/loss": last.loss,
+            **{f"train/{name}": value for name, value in last.parts.items()},
+            "gradient_norm": last.gradient_norm,
             "samples_per_second": count * self.global_batch / seconds,
             "data_wait_percent": 100 * self._waited / seconds,
         }
@@ -121,30 +123,28 @@ def validate(config: RunConfig, engine: Engine, val: ShardReader) -> dict[str, f
     composition_exact: crystals decoded with every atom's species right; count_exact: with the right number of atoms.
     """
     places = list(range(engine.rank, len(val), engine.ranks))
-    sums: dict[str, float] = {}
+    sums = dict.fromkeys(VALIDATED, 0.0)  # all of them also on a rank that has no crystal: ranks add up in this order
     with engine.averaged():
         codec = Codec(engine.objective.model)
         for start in range(0, len(places), VALIDATION_BATCH):
-            records = [val[place] for place in places[start : start + VALIDATION_BATCH]]
-            for name, value in _validate_batch(config, engine, codec, collate(records), start).items():
-                sums[name] = sums.get(name, 0.0) + value * len(records)
+            chosen = places[start : start + VALIDATION_BATCH]
+            records = [val[place] for place in chosen]
+            for name, value in _losses(config, engine, codec, collate(records), chosen).items():
+                sums[name] += value * len(records)
             decoded = codec.crystals(codec.encode([r.crystal for r in records]), [r.crystal.id for r in records])
-            pairs = [(d.crystal, r.crystal) for d, r in zip(decoded, records, strict=True) if d.crystal]
-            sums["count_exact"] = sums.get("count_exact", 0.0) + sum(len(p) == len(t) for p, t in pairs if p)
-            exact = sum(p.composition == t.composition for p, t in pairs if p)
-            sums["composition_exact"] = sums.get("composition_exact", 0.0) + exact
+            for found, record in zip(decoded, records, strict=True):
+                if found.crystal is not None:
+                    sums["count_exact"] += len(found.crystal) == len(record.crystal)
+                    sums["composition_exact"] += found.crystal.composition == record.crystal.composition
         engine.objective.train()
-    names = sorted(sums)
-    totals = engine.total([sums[name] for name in names])
-    return {f"val/{name}": total / len(val) for name, total in zip(names, totals, strict=True)}
+    totals = engine.total([sums[name] for name in VALIDATED])
+    return {f"val/{name}": total / len(val) for name, total in zip(VALIDATED, totals, strict=True)}
 
 
-def _validate_batch(config: RunConfig, engine: Engine, codec: Codec, batch: CrystalBatch, start: int) -> dict[str, float]:
-    """Loss and parts of one batch at the posterior mean."""
-    model, size = codec.model, len(batch.composition_BZ)
+def _losses(config: RunConfig, engine: Engine, codec: Codec, batch: CrystalBatch, places: list[int]) -> dict[str, float]:
+    """Loss and parts of validation crystals at the posterior mean."""
+    model = codec.model
     assert isinstance(model.grid.shape, int)
-    positions = range(start, start + size)
-    noise = step_noise(config.seed, 0, positions, 1.0, model.model.latent, model.grid.shape, engine.device)
-    at_the_mean = replace(noise, latent_BL=torch.zeros_like(noise.latent_BL))
-    loss, parts = engine.objective(batch.to(engine.device), at_the_mean)
+    noise = step_noise(config.seed, 0, places, 1.0, model.model.latent, model.grid.shape, engine.device)
+    loss, parts = engine.loss(batch, replace(noise, latent_BL=torch.zeros_like(noise.latent_BL)))
     return {"loss": float(loss), **{name: float(value) for name, value in parts.items()}}

@@ -14,13 +14,14 @@ class TrainState:
     """Where a run stands. With the config and the index it determines every later batch and random number.
 
     step: optimiser steps done; seed: of order and noise; data_digest: identity of the shards; model_digest: of the
-    networks' configuration; skipped: steps skipped for a non-finite loss or gradient.
+    networks' configuration; layout: engine, ZeRO stage and ranks; skipped: steps skipped for a non-finite loss or gradient.
     """
 
     step: int
     seed: int
     data_digest: str
     model_digest: str
+    layout: str
     skipped: int = 0
 
     def to_json(self) -> str:

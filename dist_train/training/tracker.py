@@ -20,8 +20,8 @@ class Tracker(Protocol):
 class Spool:
     """Appends one JSON line a record: {"step", "time" (ms since 1970), "metrics"}.
 
-    A resumed run computes again what lay between its checkpoint and its end; those records are there already, equal, and
-    are not written twice: each kind of record (the set of its metric names) only grows in steps.
+    A resumed run computes again what lay between its checkpoint and its end. Those records are there already, with the
+    same losses, and are not written twice: there is one record for each step and set of metric names.
     """
 
     def __init__(self, path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,12 @@ from small_run import small_config, write_small_shards
 
 from dist_train.backends import mlflow_tracker
 from dist_train.backends.mlflow_tracker import MlflowUploader, pull
+from dist_train.cli import main
+from dist_train.commands import models
 from dist_train.commands import training as commands
 from dist_train.config import RunConfig
 from dist_train.crystal.cif import parse_cif, write_cif
-from dist_train.errors import ConfigError, ModelError
+from dist_train.errors import ConfigError, DataError, ModelError
 from dist_train.models.export import read_bundle
 from dist_train.shards.index import Index
 from dist_train.shards.reader import ShardReader
@@ -145,3 +148,45 @@ def test_untracked_or_unfinished_runs_are_not_registered(tmp_path: Path) -> None
     (config.run_dir / "run.yaml").write_text(config.to_yaml())
     with pytest.raises(ConfigError, match="not tracked"):
         commands.register(config.run_dir, None)
+
+
+def test_a_damaged_bundle_never_becomes_champion(tracked: RunConfig, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tracked.run_dir, run)
+    (run / "bundle" / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="fetch the bundle again"):
+        commands.register(run, "champion")
+    with pytest.raises(ConfigError, match="alias 'v7' can't be used"):
+        commands.register(tracked.run_dir, "v7")
+    assert len(client(tracked).search_model_versions("name = 'crystal-autoencoder'")) == 1
+
+
+@pytest.mark.parametrize(("split", "told"), [("test", "none of the"), ("train", "CAUTION: ")])
+def test_evaluating_on_training_data_is_said_loudly(
+    tracked: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], split: str, told: str
+) -> None:
+    shards, bundle = str(tracked.data.shards), str(tracked.run_dir / "bundle")
+    where = ["--shards", shards, "--split", split, "--out", str(tmp_path), "--workers", "1", "--samples", "1"]
+    assert main(["evaluate", "--model", bundle, *where]) == 0
+    assert told in capsys.readouterr().out
+    assert told in (tmp_path / "report.html").read_text()
+
+
+def test_crystals_of_the_same_name_are_all_written(tracked: RunConfig, tmp_path: Path) -> None:
+    crystal = ShardReader(Index.read(tracked.data.shards), "test").crystal(0)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.cif").write_text(write_cif(crystal))
+    inputs = [str(tmp_path / folder / "x.cif") for folder in ("a", "b")]
+    told = models.generate("reconstruct", inputs, str(tracked.run_dir / "bundle"), None, tmp_path / "out", 0, 0, 0)
+    written = len(list((tmp_path / "out").glob("*.cif"))) if (tmp_path / "out").exists() else 0
+    assert told.startswith(f"{written} of 2")
+    assert written in (0, 2)
+    with pytest.raises(DataError, match="takes some crystals"):
+        models.generate("reconstruct", [], str(tracked.run_dir / "bundle"), None, tmp_path / "out", 0, 0, 0)
+
+
+@pytest.mark.parametrize("uri", ["nonsense", "http://127.0.0.1:9", "foo://bar"])
+def test_a_registry_that_is_none_is_one_message(uri: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="can't be pulled"):
+        pull(uri, "models:/crystal-autoencoder@champion", tmp_path)

@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 from small_run import small_config, write_small_shards
 
 from dist_train.commands import training as commands
-from dist_train.errors import CheckpointError, ConfigError, DistTrainError
+from dist_train.errors import CheckpointError, ConfigError, DistTrainError, ModelError
+from dist_train.files import sha256
 from dist_train.shards.index import Index
 from dist_train.shards.reader import ShardReader
 from dist_train.training.checkpoint import Checkpoints, find_fault
 from dist_train.training.engine import TorchEngine
-from dist_train.training.loop import fit
+from dist_train.training.loop import fit, validate
 from dist_train.training.state import TrainState, learning_rate
 from dist_train.training.tracker import NoTracker, Spool, read_spool
 
@@ -129,7 +130,7 @@ def broken_run(shards: Path, run: Path, bad_steps: int) -> TrainState:
     train, val = ShardReader(index, "train"), ShardReader(index, "val")
     engine = BrokenEngine(commands.build_model(config, index, train), config)
     BrokenEngine.bad_steps = bad_steps
-    state = TrainState(0, config.seed, index.digest, "")
+    state = TrainState(0, config.seed, index.digest, "", engine.layout)
     return fit(config, engine, train, val, NoTracker(), Checkpoints(run / "checkpoints", config), state)
 
 
@@ -201,3 +202,64 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(shards: Path, tmp_path: Pat
         assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
     finally:
         subprocess.run(["umount", "--lazy", str(tmp_path)], check=True, timeout=30)
+
+
+def test_bf16_trains_and_validates(shards: Path, tmp_path: Path) -> None:
+    commands.train(settings(shards, tmp_path, "train.precision=bf16"))
+    assert any("val/loss" in record["metrics"] for record in read_spool(tmp_path / "metrics.jsonl"))
+
+
+def test_a_rank_without_validation_crystals_adds_up_the_same_numbers(shards: Path, tmp_path: Path) -> None:
+    """Ranks sum lists of numbers: one with nothing to add must still have all of them, in order."""
+    config = settings(shards, tmp_path)
+    index = Index.read(config.data.shards)
+    engine = TorchEngine(commands.build_model(config, index, ShardReader(index, "train")), config)
+    val = ShardReader(index, "val")
+    names = list(validate(config, engine, val))
+    engine.rank, engine.ranks = len(val), len(val) + 1
+    idle = validate(config, engine, val)
+    assert list(idle) == names
+    assert set(idle.values()) == {0.0}
+
+
+def test_whole_checkpoints_are_not_crowded_out_by_a_damaged_later_one(shards: Path, tmp_path: Path) -> None:
+    commands.train(settings(shards, tmp_path, "train.stop_after_step=8"))
+    (tmp_path / "checkpoints" / "step_00000008" / "state.json").write_text("{}")
+    config = settings(shards, tmp_path, "train.keep_checkpoints=1", "train.stop_after_step=6")
+    commands.train(config)
+    (left,) = (tmp_path / "checkpoints").glob("step_*")
+    assert left.name == "step_00000006"
+    assert find_fault(left) is None
+
+
+def test_a_checkpoint_of_another_layout_is_refused(shards: Path, tmp_path: Path) -> None:
+    commands.train(settings(shards, tmp_path, "train.stop_after_step=4"))
+    folder = tmp_path / "checkpoints" / "step_00000004"
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**state, "layout": "deepspeed, ZeRO 1, 4 ranks"}))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["state.json"]["sha256"] = sha256(folder / "state.json")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "COMPLETE").write_text(sha256(folder / "manifest.json"))
+    with pytest.raises(CheckpointError, match="layout 'deepspeed, ZeRO 1, 4 ranks', this run 'torch, 1 rank'"):
+        commands.train(settings(shards, tmp_path))
+
+
+def test_metrics_of_other_data_are_forgotten(shards: Path, tmp_path: Path) -> None:
+    """A run that was ended before its first checkpoint starts anew, and its records are those of the data it has now."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "data_digest").write_text("of other data")
+    spool = Spool(run / "metrics.jsonl")
+    spool.log(1, {"train/loss": -1.0})
+    spool.close()
+    commands.train(settings(shards, run, "train.stop_after_step=2"))
+    assert losses(run)[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "told"), [("grid.channels=[z_density]", "lack 'occupancy'"), ("grid.shape=adaptive", "adaptive")]
+)
+def test_grids_that_can_not_be_trained_on_are_refused_at_once(shards: Path, tmp_path: Path, change: str, told: str) -> None:
+    with pytest.raises(ModelError, match=told):
+        commands.train(settings(shards, tmp_path, change))
