@@ -80,7 +80,7 @@ class MlflowUploader:
                 self._system.finish()
             client.set_terminated(self.run_id, status)
         except Exception as error:  # whatever a server or its client raises must not end a finished training
-            reason = str(error).splitlines()[0]
+            reason = (str(error) or repr(error)).splitlines()[0]
             log.warning("MLflow at %s can't be reached (%s); the metrics are in %s", self._uri, reason, self.spool)
             return False
         return True
@@ -159,6 +159,8 @@ def _experiment(client: MlflowClient, tracking: TrackingConfig) -> str:
 def _log_config(client: MlflowClient, run_id: str, config: RunConfig) -> None:
     from mlflow.entities import Param
 
+    # Where one launch of a run is to stop is no setting of the run.
+    config = config.model_copy(update={"train": config.train.model_copy(update={"stop_after_step": None})})
     flat = dict(_flatten(config.model_dump(mode="json")))
     client.log_batch(run_id, params=[Param(key, str(value)[:500]) for key, value in flat.items()])
     client.log_text(run_id, config.to_yaml(), "run.yaml")
