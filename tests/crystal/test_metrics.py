@@ -224,7 +224,10 @@ def test_processes_change_nothing(workers: int) -> None:
     pairs: list[tuple[Crystal, Crystal | None]] = [(true, None if n % 5 == 0 else true) for n, true in enumerate(crystals)]
     seen: list[int] = []
     results = compare_all(iter(pairs), workers, seen.append)
-    assert results == [compare(*pair) for pair in pairs]
+    expected = [compare(*pair) for pair in pairs]
+    # A crystal's RMS against itself is rounding noise of 1e-17, which pymatgen may order otherwise in another process.
+    assert [result.rms for result in results] == pytest.approx([result.rms for result in expected], abs=1e-12)
+    assert [replace(result, rms=None) for result in results] == [replace(result, rms=None) for result in expected]
     assert [result.id for result in results] == [true.id for true in crystals]
     assert seen == sorted(seen)
     assert seen[-1] == len(pairs)
