@@ -15,7 +15,7 @@ NIGGLI_TOLERANCES = (1e-5, 1e-6, 1e-4)
 
 MIN_SPACING_A = 0.2
 MAX_ASPECT = 200.0
-"""Least distance of opposite faces of a reduced cell, and how often it may go into the longest edge; real ones: 61."""
+"""Least distance of opposite faces of a reduced cell, and how often it may go into the longest edge."""
 
 
 def lengths_angles(lattice_A: FloatArray) -> FloatArray:
@@ -71,7 +71,7 @@ def plane_spacings(lattice_A: FloatArray) -> FloatArray:
 
 
 def compact_lattice(lattice_A: FloatArray) -> FloatArray:
-    """[3, 3] the Niggli-reduced lattice, or the given one where the reduction fails (3 of 146,000 real cells)."""
+    """[3, 3] the Niggli-reduced lattice, or the given one where the reduction fails."""
     reduced = niggli(lattice_A)
     return lattice_A if reduced is None else reduced
 
