@@ -135,8 +135,7 @@ def generate(
     task: str, inputs: Sequence[str], model: str, tracking_uri: str | None, out: Path, n: int, steps: int, seed: int
 ) -> str:
     """Reconstruct, sample or interpolate; writes CIF files, returns a summary."""
-    wanted = {"sample": len(inputs) == 0, "interpolate": len(inputs) > 0, "reconstruct": len(inputs) > 0}
-    if not wanted[task]:
+    if (task == "sample") == bool(inputs):
         raise DataError(f"generate {task} takes {'no' if task == 'sample' else 'some'} crystals, {len(inputs)} were given")
     codec, _ = load_codec(model, tracking_uri)
     crystals = read_crystals(inputs, codec.model.grid) if inputs else []
