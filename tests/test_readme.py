@@ -30,13 +30,13 @@ def test_the_first_commands_are_the_two_for_newcomers() -> None:
 
 @pytest.mark.parametrize("line", commands("dist-train"))
 def test_every_verb_line_parses(line: str) -> None:
-    make_parser().parse_args(shlex.split(line)[1:])
+    assert callable(make_parser().parse_args(shlex.split(line)[1:]).run)
 
 
 @pytest.mark.parametrize("line", commands("deepspeed"))
 def test_every_launcher_line_ends_in_a_verb_line(line: str) -> None:
     words = shlex.split(line)
-    make_parser().parse_args(words[words.index("dist_train") + 1 :])
+    assert callable(make_parser().parse_args(words[words.index("dist_train") + 1 :]).run)
 
 
 def test_every_run_file_it_names_loads() -> None:
