@@ -17,8 +17,8 @@ from dist_train.crystal.decode import Decoded, decode_ideal
 from dist_train.crystal.metrics import PairMetrics, compare_all, summarise
 from dist_train.crystal.structure import Crystal
 from dist_train.generate import reconstruct
-from dist_train.models.autoencoder import cell_numbers
-from dist_train.models.reconstruct import Codec, composition_vector
+from dist_train.models.autoencoder import cell_numbers, composition_vector
+from dist_train.models.reconstruct import Codec
 
 SIZE_CLASSES = ((1, 5), (6, 20), (21, 52), (53, 100), (101, 10**9))
 

@@ -216,7 +216,7 @@ def _finish(
 ) -> str:
     """Rank 0, after the last step: the bundle with its prior, and the pictures."""
     model = CrystalAutoencoder.from_config(engine.objective.model.config())
-    model.load_state_dict(engine.weights(), strict=False)
+    model.load_state_dict(engine.average.weights(), strict=False)
     codec = Codec(model)
     _fit_prior(codec, reader)
     about = {

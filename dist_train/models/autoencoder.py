@@ -12,6 +12,7 @@ from torch.nn.functional import softplus
 
 from dist_train.config import GridSpec, ModelConfig
 from dist_train.crystal.elements import MAX_Z
+from dist_train.crystal.structure import Crystal
 from dist_train.crystal.voxelize import n_channels
 from dist_train.errors import ModelError
 from dist_train.models.unet import AttentionUNet
@@ -159,6 +160,11 @@ class Standardiser:
 
     def physical_cell(self, cell_B6: Tensor) -> Tensor:
         return cell_B6.float() * self.cell_std + self.cell_mean
+
+
+def composition_vector(crystal: Crystal) -> np.ndarray:
+    """[MAX_Z + 1] atoms of each atomic number, float32."""
+    return np.bincount(crystal.numbers_N, minlength=MAX_Z + 1).astype(np.float32)
 
 
 def cell_numbers(lengths_angles: np.ndarray) -> np.ndarray:

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_train.crystal.decode import Decoded, decode
-from dist_train.crystal.elements import MAX_Z
 from dist_train.crystal.lattice import from_lengths_angles
 from dist_train.crystal.structure import Crystal
 from dist_train.crystal.voxelize import voxelize
@@ -46,8 +45,13 @@ class Codec:
         """[B, latent] posterior means (float32). Raises CrystalError for a crystal that the grid can't hold."""
         density = np.stack([voxelize(crystal, self.model.grid).density_CDHW for crystal in crystals])
         cell = cell_numbers(np.stack([crystal.lengths_angles for crystal in crystals]))
-        tensors = (torch.from_numpy(array).to(self.device) for array in (density, cell))
-        return self.model.encode(self.scale.density(next(tensors)), self.scale.cell(next(tensors))).mean.float()
+        return self.latents(torch.from_numpy(density), torch.from_numpy(cell))
+
+    @torch.inference_mode()
+    def latents(self, density_BCDHW: Tensor, cell_B6: Tensor) -> Tensor:
+        """[B, latent] posterior means (float32) of grids and cell numbers in physical units (see `CrystalBatch`)."""
+        density = self.scale.density(density_BCDHW.to(self.device))
+        return self.model.encode(density, self.scale.cell(cell_B6.to(self.device))).mean.float()
 
     @torch.inference_mode()
     def fields(self, latent_BL: Tensor) -> Fields:
@@ -82,8 +86,3 @@ class Codec:
                 continue
             found.append(decode(id, density[occupancy], species, probability, lattice, spec))
         return found
-
-
-def composition_vector(crystal: Crystal) -> NDArray[np.float32]:
-    """[MAX_Z + 1] atoms of each atomic number."""
-    return np.bincount(crystal.numbers_N, minlength=MAX_Z + 1).astype(np.float32)

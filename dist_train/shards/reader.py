@@ -19,10 +19,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dist_train.crystal.elements import MAX_Z
 from dist_train.crystal.structure import Crystal
 from dist_train.errors import ShardError
-from dist_train.models.autoencoder import CrystalBatch, cell_numbers
+from dist_train.models.autoencoder import CrystalBatch, cell_numbers, composition_vector
 from dist_train.shards.codec import MEMBERS, read_npy
 from dist_train.shards.index import Index, Sample, ShardRecord
 
@@ -85,14 +84,11 @@ class ShardReader:
 
 def collate(records: list[Record]) -> CrystalBatch:
     """Records of one shape as a CrystalBatch (copied out of the mapped files)."""
-    composition = np.zeros((len(records), MAX_Z + 1), np.float32)
-    for row, record in enumerate(records):
-        np.add.at(composition[row], record.crystal.numbers_N, 1)
     return CrystalBatch(
         torch.from_numpy(np.stack([record.density_CDHW for record in records])),
         torch.from_numpy(np.stack([record.species_DHW for record in records])),
         torch.from_numpy(cell_numbers(np.stack([record.crystal.lengths_angles for record in records]))),
-        torch.from_numpy(composition),
+        torch.from_numpy(np.stack([composition_vector(record.crystal) for record in records])),
     )
 
 

@@ -28,12 +28,13 @@ class StepResult:
 
 
 class Engine(Protocol):
-    """One rank's share of the training step. Every method but `weights` is called by all ranks together."""
+    """One rank's share of the training step. Every method is called by all ranks together."""
 
     rank: int
     ranks: int
     device: torch.device
     objective: JointObjective
+    average: WeightAverage
     layout: str
     """Engine, ZeRO stage and ranks: a checkpoint is loaded into the same layout only."""
 
@@ -54,12 +55,6 @@ class Engine(Protocol):
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-
-    def averaged(self) -> Any:
-        """A context in which the model holds the average of its weights."""
-
-    def weights(self) -> dict[str, Tensor]:
-        """The averaged weights in float32 on the CPU, by the model's parameter names."""
 
     def close(self) -> None:
         """Leave the process group."""
@@ -97,6 +92,10 @@ class WeightAverage:
     def _fill(self, values: dict[str, Tensor]) -> None:
         for name, parameter in self.model.named_parameters():
             parameter.copy_(values[name])
+
+    def weights(self) -> dict[str, Tensor]:
+        """The average in float32 on the CPU, by the model's parameter names."""
+        return {name: value.cpu() for name, value in self.average.items()}
 
     def state(self) -> dict[str, Any]:
         return {"average": self.average, "updates": self.updates}
@@ -167,12 +166,6 @@ class TorchEngine:
 
     def barrier(self) -> None:
         return
-
-    def averaged(self) -> Any:
-        return self.average.in_model()
-
-    def weights(self) -> dict[str, Tensor]:
-        return {name: value.cpu() for name, value in self.average.average.items()}
 
     def close(self) -> None:
         return

@@ -124,14 +124,15 @@ def validate(config: RunConfig, engine: Engine, val: ShardReader) -> dict[str, f
     """
     places = list(range(engine.rank, len(val), engine.ranks))
     sums = dict.fromkeys(VALIDATED, 0.0)  # all of them also on a rank that has no crystal: ranks add up in this order
-    with engine.averaged():
+    with engine.average.in_model():
         codec = Codec(engine.objective.model)
         for start in range(0, len(places), VALIDATION_BATCH):
             chosen = places[start : start + VALIDATION_BATCH]
             records = [val[place] for place in chosen]
-            for name, value in _losses(config, engine, codec, collate(records), chosen).items():
+            batch = collate(records)
+            for name, value in _losses(config, engine, codec, batch, chosen).items():
                 sums[name] += value * len(records)
-            decoded = codec.crystals(codec.encode([r.crystal for r in records]), [r.crystal.id for r in records])
+            decoded = codec.crystals(codec.latents(batch.density_BCDHW, batch.cell_B6), [r.crystal.id for r in records])
             for found, record in zip(decoded, records, strict=True):
                 if found.crystal is not None:
                     sums["count_exact"] += len(found.crystal) == len(record.crystal)
