@@ -31,9 +31,9 @@ def atomic_path(path: Path, scratch: Path | None = None) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically and durably."""
+    """Write a UTF-8 text file atomically and durably; lone surrogates, which UTF-8 lacks, become question marks."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8", errors="replace", newline="\n")
 
 
 def fsync(path: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,8 @@ from html import escape
 from importlib.resources import files
 from numbers import Integral, Real
 from pathlib import Path
+
+from dist_train.files import write_text
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def write_report(
         "viewer": _static("3Dmol-min.js"),
         "license": escape(_static("3Dmol-LICENSE.txt")),
     }
-    _write_atomically(path, _fill(_static("report.html"), parts))
+    write_text(path, _fill(_static("report.html"), parts))
 
 
 def _static(name: str) -> str:
@@ -140,13 +141,3 @@ def _figure(figure: Figure) -> str:
         f'<figure class="card"><img src="{source}" alt="{escape(figure.title)}">'
         f"<figcaption><strong>{escape(figure.title)}</strong>{escape(figure.caption)}</figcaption></figure>"
     )
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", errors="replace", newline="\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
