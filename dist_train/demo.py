@@ -103,11 +103,11 @@ def _stages(demo: Demo, config: RunConfig) -> None:
         "--master_port", str(demo.port), "--no_local_rank", "--module", "dist_train", "train", *demo.config("demo"),
     ]  # fmt: skip
     demo.run(
-        "Ray voxelises 555 CIF files and 1,250 Materials Project cells (all families, adaptive grids)",
+        "Ray voxelises CIF files and Materials Project cells of all families, on adaptive grids",
         [*cli, "voxelize", *demo.config("families")], f"{out}/shards/families",
     )  # fmt: skip
     demo.run(
-        "Ray voxelises 3,787 perovskites (Perov-5) for training",
+        "Ray voxelises perovskites (Perov-5) for training",
         [*cli, "voxelize", *demo.config("demo")], f"{out}/shards/perov_5",
     )  # fmt: skip
     crystals = len(Index.read(out / "shards" / "perov_5").samples("train"))
