@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
 from dist_train.errors import ConfigError
 
@@ -17,7 +17,12 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Channel = Literal["occupancy", "z_density", "period", "group", "f_block"]
+Channel = Literal["occupancy", "z_density", "period", "group", "f_block", "table"]
+ElementTable = Annotated[
+    tuple[tuple[str, tuple[float, ...]], ...],
+    BeforeValidator(lambda given: tuple(given.items()) if isinstance(given, dict) else given),
+    PlainSerializer(dict),
+]
 
 
 class Section(BaseModel):
@@ -27,12 +32,18 @@ class Section(BaseModel):
 
 
 class GridSpec(Section):
-    """How a crystal becomes a periodic voxel grid on the fractional axes of its cell (frame `cell`)."""
+    """How a crystal becomes a voxel grid: where the voxels lie, and what they hold.
 
-    frame: Literal["cell"] = "cell"
-    """Fractional grid of the (Niggli-reduced) cell, periodic in all three directions."""
+    `preset: NAME` in a config starts from one of GRID_PRESETS; other keys change it.
+    """
+
+    frame: Literal["cell", "window", "unit"] = "cell"
+    """'cell': fractional grid of the cell, periodic. 'window': Cartesian cube cut from the infinite crystal.
+    'unit': Cartesian cube around the atoms of one cell, without periodic images."""
     shape: Annotated[int, Field(ge=12, le=128)] | Literal["adaptive"] = 32
-    """Voxels along every axis, or 'adaptive': edge over spacing, rounded up to a multiple of 8, for each axis."""
+    """Voxels along every axis, or, for cells, 'adaptive': edge over spacing, rounded up to a multiple of 8, for each axis."""
+    box_A: Positive = 9.3
+    """Edge in angstrom of the cube of a window or unit, from its first voxel to its last."""
     max_spacing_A: Positive = 0.3
     """Largest distance in angstrom between neighbouring voxels; a cell that would exceed it is rejected."""
     max_voxels: Count = 2**15
@@ -47,14 +58,64 @@ class GridSpec(Section):
     """Crystals with more atoms are rejected."""
     niggli: bool = True
     """Voxelise the Niggli-reduced cell; false keeps the cell of the source."""
+    random_rotation: bool = False
+    """Turn each copy of a crystal at random (windows and units), uniformly over all rotations."""
+    random_origin: bool = False
+    """Move each copy of a crystal by a random part of its cell (cells and windows)."""
     channels: tuple[Channel, ...] = ("occupancy",)
-    """Density channels in order: occupancy, z_density (the paper's), period (7), group (18), f_block (14)."""
+    """Density channels in order: occupancy, z_density (the paper's), period (7), group (18), f_block (14), table."""
+    element_table: ElementTable = ()
+    """Heights of the channel kind 'table' for each element, such as {O: [1, 0], Ti: [0.5, 2]}."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, values: Any) -> Any:
+        if not (isinstance(values, dict) and "preset" in values):
+            return values
+        changes = dict(values)
+        name = changes.pop("preset")
+        if name not in GRID_PRESETS:
+            raise ValueError(f"preset {name!r} is unknown, known are {', '.join(GRID_PRESETS)}")
+        return GRID_PRESETS[name] | changes
 
     @model_validator(mode="after")
-    def _distinct(self) -> Self:
+    def _channels_are_sound(self) -> Self:
         if not self.channels or len(set(self.channels)) != len(self.channels):
             raise ValueError(f"channels {list(self.channels)} must name at least one channel, each once")
+        if ("table" in self.channels) != bool(self.element_table):
+            raise ValueError("the channel 'table' and element_table go together: give both or neither")
+        if len({len(heights) for _, heights in self.element_table} - {0}) > 1 or any(not h for _, h in self.element_table):
+            raise ValueError("element_table must give every element the same number of heights, at least one")
         return self
+
+    @model_validator(mode="after")
+    def _frame_is_sound(self) -> Self:
+        if self.frame == "cell":
+            if self.random_rotation:
+                raise ValueError("random_rotation has no effect on the frame 'cell', whose axes turn with the crystal")
+            return self
+        if self.shape == "adaptive":
+            raise ValueError(f"shape 'adaptive' is for the frame 'cell'; give a {self.frame} a number of voxels")
+        if self.random_origin and self.frame == "unit":
+            raise ValueError("random_origin has no effect on the frame 'unit', whose atoms are centred")
+        if self.box_A / (self.shape - 1) > self.max_spacing_A * (1 + 1e-9):
+            raise ValueError(
+                f"box_A {self.box_A} on shape {self.shape} gives a spacing of {self.box_A / (self.shape - 1):.4f} A, "
+                f"over max_spacing_A {self.max_spacing_A}"
+            )
+        return self
+
+
+_PAPER: dict[str, Any] = {
+    "shape": 30, "box_A": 10.0, "max_spacing_A": 0.345, "sigma_A": 1.0, "radius_A": 0.65, "random_rotation": True,
+    "channels": ["z_density"],
+}  # fmt: skip
+GRID_PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper-unit": _PAPER | {"frame": "unit", "niggli": False},
+    "paper-window": _PAPER | {"frame": "window", "random_origin": True},
+}
+"""Named starting points of a GridSpec; the paper's grids have 30 points over 0 to 10 A, end points included."""
 
 
 class DataConfig(Section):
