@@ -16,9 +16,10 @@ import numpy as np
 
 from dist_train.config import GridSpec
 from dist_train.crystal.decode import decode_ideal
-from dist_train.crystal.interop import read_parquet_rows
+from dist_train.crystal.frames import representable
+from dist_train.crystal.parquet import read_parquet_rows
 from dist_train.crystal.structure import Crystal
-from dist_train.crystal.voxelize import representable, voxelize
+from dist_train.crystal.voxelize import voxelize
 from dist_train.errors import CrystalError, DataError
 
 ROUNDS = 5

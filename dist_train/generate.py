@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dist_train.crystal.cif import parse_cif, write_cif
 from dist_train.crystal.decode import Decoded
+from dist_train.crystal.frames import representable
 from dist_train.crystal.structure import Crystal
-from dist_train.crystal.voxelize import representable
 from dist_train.errors import CrystalError
 from dist_train.models.reconstruct import Codec
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import settings
 
 from dist_train.crystal.elements import MAX_Z
-from dist_train.crystal.interop import parquet_length, read_parquet_rows
+from dist_train.crystal.parquet import parquet_length, read_parquet_rows
 from dist_train.crystal.structure import Crystal
 
 settings.register_profile("reproducible", deadline=None, derandomize=True, database=None, max_examples=25)

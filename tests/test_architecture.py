@@ -33,6 +33,7 @@ ENGINES = {
     "deepspeed": "backends/deepspeed_engine.py",
     "mlflow": "backends/mlflow_tracker.py",
     "pymatgen": "crystal/interop.py",
+    "ase": "crystal/interop.py",
 }
 
 
@@ -91,7 +92,7 @@ def loaded_after(code: str) -> set[str]:
 
 def test_what_a_ray_worker_imports_holds_no_torch() -> None:
     loaded = loaded_after("import dist_train.shards.plan, dist_train.shards.writer, dist_train.backends.ray_voxelize")
-    assert not loaded & {"torch", "deepspeed", "mlflow", "pymatgen"}
+    assert not loaded & {"torch", "deepspeed", "mlflow", "pymatgen", "ase"}
 
 
 def test_generating_needs_neither_ray_nor_deepspeed_nor_mlflow() -> None:
@@ -101,7 +102,7 @@ def test_generating_needs_neither_ray_nor_deepspeed_nor_mlflow() -> None:
 
 def test_the_command_line_loads_no_engine_before_a_verb_asks_for_it() -> None:
     loaded = loaded_after("import dist_train.cli")
-    assert not loaded & {"torch", "ray", "deepspeed", "mlflow", "pymatgen", "numba", "pydantic", "matplotlib"}
+    assert not loaded & {"torch", "ray", "deepspeed", "mlflow", "pymatgen", "ase", "numba", "pydantic", "matplotlib"}
 
 
 def test_no_code_is_unpickled_or_evaluated_outside_the_audited_module() -> None:

@@ -137,6 +137,14 @@ def test_a_failed_write_keeps_the_old_report(report: Path, monkeypatch: pytest.M
     assert [path.name for path in report.parent.iterdir()] == ["report.html"]
 
 
+def test_every_line_of_the_evaluation_is_measured() -> None:
+    """The keys that the page asks for are those of a summary; torch loads only for this test."""
+    from dist_train.crystal.metrics import summarise
+    from dist_train.evaluate_report import METRICS
+
+    assert {key for _, key in METRICS} <= summarise([]).keys()
+
+
 # Headless, drawing in software, without its own traffic; timers run in virtual time before the page is returned.
 FLAGS = [
     "--headless",

@@ -14,9 +14,9 @@ from typing import Any
 from dist_train.config import GridSpec
 from dist_train.crystal.cif import write_cif
 from dist_train.crystal.decode import Decoded
+from dist_train.crystal.frames import representable
 from dist_train.crystal.metrics import structure_valid
 from dist_train.crystal.structure import Crystal
-from dist_train.crystal.voxelize import representable
 from dist_train.errors import ConfigError, CrystalError, DataError
 from dist_train.evaluate import Evaluation
 from dist_train.evaluate import evaluate as evaluate_model

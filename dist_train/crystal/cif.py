@@ -7,9 +7,7 @@ pymatgen knows the space groups (see `interop`).
 
 from __future__ import annotations
 
-import gzip
 import re
-import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,16 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_train.crystal.elements import NUMBERS, SYMBOLS
-from dist_train.crystal.interop import accept, checked_lattice, symmetry_operations
+from dist_train.crystal.inputs import read_text
+from dist_train.crystal.interop import accept, checked_fractions, checked_lattice, right_handed, symmetry_operations
 from dist_train.crystal.lattice import FloatArray
 from dist_train.crystal.structure import Crystal, wrap
 from dist_train.errors import CrystalError
 
-MAX_FILE_BYTES = 20_000_000
-"""Largest CIF that is read, as stored and after decompression; the largest of 2,455 real ones has 135 kB."""
-
 MAX_OPERATIONS = 192  # of the largest space groups
-MAX_FRACTION = 1000.0  # a larger fractional coordinate is no periodic image that anyone wrote on purpose
 SITE_TOLERANCE_A = 0.05  # images of one site closer than this are one atom: 0.333 is meant as 1/3
 OCCUPANCY_TOLERANCE = 1e-3
 FORMULA_TOLERANCE = 0.01  # of the share of an element in all atoms
@@ -61,27 +56,7 @@ def read_cif(path: Path, max_atoms: int, id: str | None = None) -> Crystal:
     Raises CrystalError with the reason for a file that can't be read, is too large or isn't what `parse_cif` takes.
     """
     id = id or path.name.removesuffix(".gz").removesuffix(".cif")
-    try:
-        text = _read_capped(path, id).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CrystalError(f"{id}: not text, byte {error.start} isn't UTF-8") from error
-    return parse_cif(text, id, max_atoms)
-
-
-def _read_capped(path: Path, id: str) -> bytes:
-    """The file's bytes, decompressed; at most one byte over the cap is ever held, so that no gzip bomb goes off."""
-    try:
-        if not path.is_file():
-            raise CrystalError(f"{id}: {path} isn't a file")
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise CrystalError(f"{id}: file of {path.stat().st_size} bytes, at most {MAX_FILE_BYTES} are read")
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            raw = file.read(MAX_FILE_BYTES + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise CrystalError(f"{id}: can't read {path}: {error}") from error
-    if len(raw) > MAX_FILE_BYTES:
-        raise CrystalError(f"{id}: decompresses to over {MAX_FILE_BYTES} bytes, no more are read")
-    return raw
+    return parse_cif(read_text(path, id), id, max_atoms)
 
 
 def parse_cif(text: str, id: str, max_atoms: int) -> Crystal:
@@ -188,9 +163,7 @@ def _sites(block: Block, id: str, max_atoms: int) -> tuple[NDArray[np.int64], Fl
         if value not in _UNKNOWN and abs(_number(value, "occupancy", id) - 1.0) > OCCUPANCY_TOLERANCE:
             raise CrystalError(f"{id}: disordered, a site has the occupancy {value[:40]}")
     frac = np.array([[_number(value, name, id) for value in columns[name]] for name in _FRACTIONS]).T
-    if np.abs(frac).max() > MAX_FRACTION:
-        raise CrystalError(f"{id}: fractional coordinate {np.abs(frac).max():.4g}, at most {MAX_FRACTION:.0f} is taken")
-    return np.array([NUMBERS[symbol] for symbol in _symbols(block, rows, id)]), frac
+    return np.array([NUMBERS[symbol] for symbol in _symbols(block, rows, id)]), checked_fractions(frac, id)
 
 
 def _symbols(block: Block, rows: int, id: str) -> list[str]:
@@ -267,12 +240,11 @@ def write_cif(crystal: Crystal) -> str:
 
     Atoms keep their order and are labelled by element: 'Ba1', 'O1', 'O2'. Takes crystals that pass `Crystal.checked`.
     """
-    # Cell parameters imply a right-handed cell: a left-handed one is inverted, lattice and coordinates together.
-    hand = 1.0 if np.linalg.det(crystal.lattice_A) > 0 else -1.0
+    crystal = right_handed(crystal)
     parameters = [f"{name} {value:.8f}" for name, value in zip(_CELL, crystal.lengths_angles, strict=True)]
     counts: dict[int, int] = {}
     rows = []
-    for z, (x, y, w) in zip(crystal.numbers_N.tolist(), wrap(np.round(hand * crystal.frac_N3, 8)), strict=True):
+    for z, (x, y, w) in zip(crystal.numbers_N.tolist(), wrap(np.round(crystal.frac_N3, 8)), strict=True):
         counts[z] = counts.get(z, 0) + 1
         rows.append(f"{SYMBOLS[z]} {SYMBOLS[z]}{counts[z]} {x:.8f} {y:.8f} {w:.8f} 1")
     formula = " ".join(f"{SYMBOLS[z]}{count}" for z, count in crystal.composition.items())

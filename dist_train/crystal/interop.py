@@ -1,6 +1,6 @@
-"""Crystals from and to other programs: pymatgen structures and Parquet tables.
+"""Crystals from and to other programs, pymatgen and ASE, and what every crystal read from anywhere must fulfil.
 
-The only file that imports pymatgen, inside functions, since the import takes seconds and most reading doesn't need it.
+The only file that imports the two, inside functions, since that takes a second and most reading doesn't need it.
 """
 
 from __future__ import annotations
@@ -8,28 +8,26 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import replace
+from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from scipy.spatial import cKDTree
 
 from dist_train.crystal.elements import NUMBERS
 from dist_train.crystal.lattice import FloatArray, compact_lattice, from_lengths_angles, image_offsets, too_thin
 from dist_train.crystal.structure import MAX_EDGE_A, Crystal, wrap
-from dist_train.errors import CrystalError, DataError
+from dist_train.errors import CrystalError
 
 if TYPE_CHECKING:
+    from ase import Atoms
     from pymatgen.core.structure import Structure
 
 MIN_DISTANCE_A = 0.5
 """Atoms closer than this are overlapping, the limit of structural validity in the field (H2 has 0.74 A)."""
 
-PARQUET_COLUMNS = ("id", "a", "b", "c", "alpha", "beta", "gamma", "z", "frac")
-
-BATCH_ROWS = 1024
+MAX_FRACTION = 1000.0  # a larger fractional coordinate is no periodic image that anyone wrote on purpose
 
 
 def checked_lattice(parameters: FloatArray, id: str) -> FloatArray:
@@ -45,9 +43,17 @@ def checked_lattice(parameters: FloatArray, id: str) -> FloatArray:
         raise CrystalError(f"{id}: {error}") from error
 
 
+def checked_fractions(frac_N3: FloatArray, id: str) -> FloatArray:
+    """The coordinates as they are, or CrystalError where one lies absurdly far off."""
+    if (farthest := np.abs(frac_N3).max()) > MAX_FRACTION:
+        raise CrystalError(f"{id}: fractional coordinate {farthest:.4g}, at most {MAX_FRACTION:.0f} is taken")
+    return frac_N3
+
+
 def accept(crystal: Crystal, max_atoms: int) -> Crystal:
     """The crystal as it is, or CrystalError; overlap is looked for in the reduced cell, where few images are near."""
-    lattice = compact_lattice(crystal.checked(max_atoms).lattice_A)
+    checked_fractions(crystal.checked(max_atoms).frac_N3, crystal.id)
+    lattice = compact_lattice(crystal.lattice_A)
     if too_thin(lattice):
         raise CrystalError(f"{crystal.id}: reduced cell of edges {np.linalg.norm(lattice, axis=1).round(3)} A is too thin")
     cart_N3 = wrap(crystal.cart_N3 @ np.linalg.inv(lattice)) @ lattice
@@ -60,12 +66,22 @@ def accept(crystal: Crystal, max_atoms: int) -> Crystal:
     return crystal
 
 
+def right_handed(crystal: Crystal) -> Crystal:
+    """The same Cartesian atoms in a right-handed cell: a left-handed one is inverted, lattice and coordinates together.
+
+    For formats that state no orientation of the cell, or whose programs refuse or invert a left-handed one. No zero is
+    negative, so that equal crystals are written alike.
+    """
+    hand = 1.0 if np.linalg.det(crystal.lattice_A) > 0 else -1.0
+    return replace(crystal, lattice_A=hand * crystal.lattice_A + 0.0, frac_N3=hand * crystal.frac_N3 + 0.0)
+
+
 def symmetry_operations(given: dict[str, Any], id: str) -> tuple[FloatArray, FloatArray]:
     """[O, 3, 3] rotations and [O, 3] translations of fractional coordinates, as pymatgen reads these CIF items.
 
     given: listed operations, or the names and number of a space group, under the spelling that pymatgen looks for.
     """
-    with _pymatgen(id):
+    with _library("pymatgen", id):
         from pymatgen.io.cif import CifBlock, CifParser
 
         parser: Any = CifParser.from_str("data_x\n_x 1")
@@ -81,23 +97,27 @@ def symmetry_operations(given: dict[str, Any], id: str) -> tuple[FloatArray, Flo
 
 
 @contextmanager
-def _pymatgen(id: str) -> Iterator[None]:
-    """Silence for pymatgen's warnings, and CrystalError for its errors."""
+def _library(name: str, id: str) -> Iterator[None]:
+    """Silence for a library's warnings, and CrystalError for its errors."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield
         except (CrystalError, ImportError):
             raise
-        # pymatgen raises whatever went wrong first inside: KeyError, ZeroDivisionError, LinAlgError, AssertionError...
+        # Both raise whatever went wrong first inside: KeyError, ZeroDivisionError, LinAlgError, AssertionError...
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            raise CrystalError(f"{id}: pymatgen can't take it: {type(error).__name__}: {reason}") from error
+            raise CrystalError(f"{id}: {name} can't take it: {type(error).__name__}: {one_line(error)}") from error
+
+
+def one_line(error: Exception) -> str:
+    """An error's message in one line of limited length."""
+    return " ".join(str(error).split())[:200]
 
 
 def to_pymatgen(crystal: Crystal) -> Structure:
     """A pymatgen Structure of the same cell and atoms, in the same order."""
-    with _pymatgen(crystal.id):
+    with _library("pymatgen", crystal.id):
         from pymatgen.core.lattice import Lattice
         from pymatgen.core.structure import Structure
 
@@ -121,6 +141,74 @@ def from_pymatgen(structure: Structure, id: str) -> Crystal:
     return Crystal(id, structure.lattice.matrix, structure.frac_coords, np.array(numbers, dtype=np.int64))
 
 
+def from_poscar(text: str, id: str) -> tuple[Crystal, bool]:
+    """The crystal of a POSCAR text as pymatgen reads it, and whether its elements are the text's and not made up."""
+    with _library("pymatgen", id):
+        from pymatgen.io.vasp.inputs import Poscar
+
+        poscar: Any = Poscar.from_str(text, read_velocities=False)
+    return from_pymatgen(poscar.structure, id), bool(poscar.true_names)
+
+
+def to_poscar(crystal: Crystal, comment: str) -> str:
+    """POSCAR text of a right-handed crystal as pymatgen writes it; of a left-handed one it would be the mirror image."""
+    structure = to_pymatgen(crystal)
+    with _library("pymatgen", crystal.id):
+        from pymatgen.io.vasp.inputs import Poscar
+
+        return str(Poscar(structure, comment).get_str(significant_figures=16))
+
+
+def to_ase(crystal: Crystal) -> Atoms:
+    """ASE Atoms of the same cell and atoms, in the same order, periodic in all directions."""
+    with _library("ASE", crystal.id):
+        from ase import Atoms
+
+        return Atoms(crystal.numbers_N, scaled_positions=crystal.frac_N3, cell=crystal.lattice_A, pbc=True)
+
+
+def from_ase(atoms: Atoms, id: str) -> Crystal:
+    """A Crystal of the same cell and atoms, in the same order; masses, charges and results are dropped.
+
+    Raises CrystalError without a cell, for atoms that aren't periodic in all directions, and where ASE's CIF reader
+    noted a site of several elements or of partial occupancy, of which the atoms hold the largest part only.
+    """
+    if not atoms.pbc.all():
+        raise CrystalError(f"{id}: periodic in {int(atoms.pbc.sum())} of 3 directions, all three are needed")
+    shared = atoms.info.get("occupancy")
+    for site in shared.values() if isinstance(shared, dict) else ():
+        if len(site) != 1 or min(site.values()) < 0.999:
+            raise CrystalError(f"{id}: disordered, a site holds {site}")
+    with _library("ASE", id):
+        if not atoms.cell.volume > 0:
+            raise CrystalError(f"{id}: no cell, its vectors {atoms.cell.tolist()} A span no volume")
+        return Crystal(id, atoms.cell.array, atoms.get_scaled_positions(wrap=False), atoms.numbers)
+
+
+def from_extxyz(frame: str, id: str) -> Crystal:
+    """The crystal of one extxyz frame as ASE reads it."""
+    with _library("ASE", id):
+        from ase.io.extxyz import read_xyz
+
+        try:
+            atoms = next(read_xyz(StringIO(frame), index=0))
+        except KeyError as error:  # of ASE's table of elements
+            raise CrystalError(f"{id}: unknown element or isotope {error}") from error
+    return from_ase(atoms, id)
+
+
+def to_extxyz(crystal: Crystal, info: dict[str, str]) -> str:
+    """One extxyz frame as ASE writes it, `info` in its comment line."""
+    atoms = to_ase(crystal)
+    atoms.info.update(info)
+    text = StringIO()
+    with _library("ASE", crystal.id):
+        from ase.io.extxyz import write_xyz
+
+        write_xyz(text, atoms)
+    return text.getvalue()
+
+
 def match_rms(predicted: Crystal, true: Crystal) -> float | None:
     """RMS displacement of matched atoms over (volume per atom)^(1/3), or None where the crystals don't match.
 
@@ -130,77 +218,9 @@ def match_rms(predicted: Crystal, true: Crystal) -> float | None:
     if predicted.formula != true.formula:
         return None  # a match is one to one between like atoms; saves the reduction of the cells
     pair = to_pymatgen(predicted), to_pymatgen(true)
-    with _pymatgen(predicted.id):
+    with _library("pymatgen", predicted.id):
         from pymatgen.analysis.structure_matcher import StructureMatcher
 
         matcher: Any = StructureMatcher(stol=0.5, angle_tol=10, ltol=0.3)
         result = matcher.get_rms_dist(*pair)
     return None if result is None else float(result[0])
-
-
-def parquet_length(path: Path) -> int:
-    """Rows of a table of crystals; DataError where it can't be read or lacks a column."""
-    with _open_parquet(path) as table:
-        return int(table.metadata.num_rows)
-
-
-def read_parquet_rows(
-    path: Path, start: int, stop: int, max_atoms: int | None = None
-) -> Iterator[Crystal | tuple[str, CrystalError]]:
-    """The crystals of rows start <= row < stop, in order; for a bad row its id and what is wrong with it.
-
-    Columns: id; a, b, c in angstrom; alpha, beta, gamma in degrees; z, a list of N atomic numbers; frac, a flat list
-    of 3 N fractional coordinates. A row of over `max_atoms` atoms is a bad one; None takes any number.
-    Raises DataError for a table that can't be read, lacks a column or is shorter.
-    """
-    length = parquet_length(path)
-    if not 0 <= start <= stop <= length:
-        raise DataError(f"{path}: rows {start} to {stop} asked for, the table has {length}")
-    return (_row_crystal(values, row, max_atoms) for row, values in _rows(path, start, stop))
-
-
-def _rows(path: Path, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row, values by column), of only the row groups needed, in batches: a large group is never held as objects."""
-    with _open_parquet(path) as table:
-        sizes = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
-        ends = np.cumsum(sizes).tolist()
-        groups = [group for group, end in enumerate(ends) if end > start and end - sizes[group] < stop]
-        first = ends[groups[0]] - sizes[groups[0]] if groups else stop
-        try:
-            for batch in table.iter_batches(BATCH_ROWS, row_groups=groups, columns=list(PARQUET_COLUMNS)):
-                skip = max(start - first, 0)
-                yield from enumerate(batch.slice(skip, max(stop - first - skip, 0)).to_pylist(), first + skip)
-                first += batch.num_rows
-                if first >= stop:
-                    return
-        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: rows from {first} on can't be read: {error}") from error
-
-
-def _open_parquet(path: Path) -> pq.ParquetFile:
-    try:
-        table = pq.ParquetFile(path)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: no readable Parquet table: {error}") from error
-    missing = [name for name in PARQUET_COLUMNS if name not in table.schema_arrow.names]
-    if missing:
-        table.close()
-        raise DataError(f"{path}: columns {missing} are missing, needed are {list(PARQUET_COLUMNS)}")
-    return table
-
-
-def _row_crystal(values: dict[str, Any], row: int, max_atoms: int | None) -> Crystal | tuple[str, CrystalError]:
-    id = f"row {row}" if values["id"] is None else str(values["id"])
-    try:
-        numbers, frac = np.asarray(values["z"]), np.asarray(values["frac"], dtype=np.float64)
-        if numbers.ndim != 1 or (len(numbers) and numbers.dtype.kind not in "iu") or frac.shape != (3 * len(numbers),):
-            raise CrystalError(
-                f"{id}: z of shape {numbers.shape} and {numbers.dtype}, frac of {frac.shape}; "
-                "N whole numbers and 3 N coordinates are needed"
-            )
-        parameters = np.array([values[name] for name in PARQUET_COLUMNS[1:7]], dtype=np.float64)
-        return accept(Crystal(id, checked_lattice(parameters, id), frac, numbers), max_atoms or len(numbers))
-    except CrystalError as error:
-        return id, error
-    except (TypeError, ValueError, OverflowError) as error:
-        return id, CrystalError(f"{id}: a value of another type than needed: {error}")

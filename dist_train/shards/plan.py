@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dist_train.config import DataConfig, GridSpec
-from dist_train.crystal import cif, interop
+from dist_train.crystal import cif, parquet
+from dist_train.crystal.frames import placed, representable
 from dist_train.crystal.structure import Crystal
-from dist_train.crystal.voxelize import representable
 from dist_train.errors import CrystalError, DataError
 from dist_train.files import atomic_path
 
@@ -98,7 +98,7 @@ def discover(inputs: Iterable[str]) -> list[Chunk]:
 
 def _chunks_of(path: Path) -> Iterator[Chunk]:
     if path.suffix == ".parquet":
-        for start in range(0, length := interop.parquet_length(path), ROWS_PER_CHUNK):
+        for start in range(0, length := parquet.parquet_length(path), ROWS_PER_CHUNK):
             yield Chunk(path.parent, (path.name,), start, min(start + ROWS_PER_CHUNK, length))
         return
     if path.is_file() and path.name.endswith(CIF_SUFFIXES):
@@ -130,7 +130,7 @@ def scan_chunk(part: int, chunk: Chunk, parts: Path, grid: GridSpec, splits: dic
                 rejected.append(Rejected(id, file, "parse", str(crystal)))
                 continue
             try:
-                crystal = representable(crystal, grid)
+                crystal = placed(representable(crystal, grid), grid)
             except CrystalError as error:
                 rejected.append(Rejected(id, file, "grid", str(error)))
                 continue
@@ -148,7 +148,7 @@ def read_chunk(chunk: Chunk, max_atoms: int) -> Iterator[tuple[str, str, Crystal
     """(id, file, crystal or the reason it can't be read) of every input of a chunk."""
     if chunk.stop:
         table = chunk.files[0]
-        for item in interop.read_parquet_rows(chunk.root / table, chunk.start, chunk.stop, max_atoms):
+        for item in parquet.read_parquet_rows(chunk.root / table, chunk.start, chunk.stop, max_atoms):
             id, crystal = (item.id, item) if isinstance(item, Crystal) else item
             yield id, table, crystal
         return

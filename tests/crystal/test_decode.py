@@ -12,9 +12,10 @@ from scipy.optimize import linear_sum_assignment
 
 from dist_train.config import GridSpec
 from dist_train.crystal.decode import Decoded, decode, decode_ideal
+from dist_train.crystal.frames import representable
 from dist_train.crystal.lattice import from_lengths_angles, periodic_distances
 from dist_train.crystal.structure import Crystal
-from dist_train.crystal.voxelize import representable, voxelize
+from dist_train.crystal.voxelize import voxelize
 
 SampleTable = Callable[[str], list[Crystal]]
 Fields = tuple[NDArray[np.float32], NDArray[np.uint8], NDArray[np.float32]]

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dist_train.crystal import cif as cif_io
-from dist_train.crystal import interop
+from dist_train.crystal import inputs, interop, parquet
 from dist_train.crystal.elements import NUMBERS
 from dist_train.crystal.lattice import compact_lattice, periodic_distances
 from dist_train.crystal.structure import Crystal
@@ -282,7 +282,7 @@ def test_id_is_the_name_without_its_ending(tmp_path: Path) -> None:
 
 
 def test_gzip_bomb_is_not_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cif_io, "MAX_FILE_BYTES", 10_000)
+    monkeypatch.setattr(inputs, "MAX_FILE_BYTES", 10_000)
     bomb = tmp_path / "bomb.cif.gz"
     bomb.write_bytes(gzip.compress(b" " * 5_000_000))
     assert bomb.stat().st_size < 10_000
@@ -472,10 +472,10 @@ def row(id: str, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(("start", "stop"), [(0, 7), (2, 5), (3, 3), (6, 7), (7, 7)])
 def test_parquet_slices(tmp_path: Path, group: int, start: int, stop: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any rows, whatever the row groups and batches."""
-    monkeypatch.setattr(interop, "BATCH_ROWS", 2)
+    monkeypatch.setattr(parquet, "BATCH_ROWS", 2)
     path = table(tmp_path / "t.parquet", [row(str(n), a=4.0 + n) for n in range(7)], group)
-    assert interop.parquet_length(path) == 7
-    crystals = [item for item in interop.read_parquet_rows(path, start, stop) if isinstance(item, Crystal)]
+    assert parquet.parquet_length(path) == 7
+    crystals = [item for item in parquet.read_parquet_rows(path, start, stop) if isinstance(item, Crystal)]
     assert [crystal.id for crystal in crystals] == [str(n) for n in range(start, stop)]
     for crystal in crystals:
         assert crystal.lengths_angles == pytest.approx([4.0 + int(crystal.id), 5, 6, 90, 80, 120])
@@ -505,7 +505,7 @@ BAD_ROWS: dict[str, dict[str, Any]] = {
 def test_parquet_bad_rows_stand_alone(tmp_path: Path) -> None:
     bad = [row(name, **changes) for name, changes in BAD_ROWS.items()]
     path = table(tmp_path / "t.parquet", [row("first"), *bad, row("last")])
-    items = list(interop.read_parquet_rows(path, 0, len(bad) + 2, max_atoms=20))
+    items = list(parquet.read_parquet_rows(path, 0, len(bad) + 2, max_atoms=20))
     assert isinstance(items[0], Crystal)
     assert isinstance(items[-1], Crystal)
     for name, item in zip(BAD_ROWS, items[1:-1], strict=True):
@@ -518,7 +518,7 @@ def test_parquet_bad_rows_stand_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("changes", [{"z": ["Cs", "Cl"]}, {"z": [55.5, 17.0]}, {"a": "four"}, {"frac": "0 0 0"}])
 def test_parquet_columns_of_another_type(tmp_path: Path, changes: dict[str, Any]) -> None:
     path = table(tmp_path / "t.parquet", [row("r", **changes)])
-    (item,) = interop.read_parquet_rows(path, 0, 1)
+    (item,) = parquet.read_parquet_rows(path, 0, 1)
     assert isinstance(item, tuple)
     assert item[0] == "r"
 
@@ -526,27 +526,27 @@ def test_parquet_columns_of_another_type(tmp_path: Path, changes: dict[str, Any]
 def test_parquet_unusable_tables(tmp_path: Path) -> None:
     lacking = table(tmp_path / "lacking.parquet", [{"id": "r", "a": 1.0}])
     with pytest.raises(DataError, match=r"lacking\.parquet.*'b'.*'frac'.*missing.*needed"):
-        interop.parquet_length(lacking)
+        parquet.parquet_length(lacking)
     (tmp_path / "text.parquet").write_text("no table")
     for name in ("text.parquet", "missing.parquet"):
         with pytest.raises(DataError, match=name):
-            interop.parquet_length(tmp_path / name)
+            parquet.parquet_length(tmp_path / name)
     short = table(tmp_path / "short.parquet", [row("r")])
     for start, stop in [(0, 2), (-1, 1), (1, 0)]:
         with pytest.raises(DataError, match="the table has 1"):
-            interop.read_parquet_rows(short, start, stop)
+            parquet.read_parquet_rows(short, start, stop)
 
 
 def test_parquet_row_without_id_is_named_by_its_number(tmp_path: Path) -> None:
     path = table(tmp_path / "t.parquet", [row("r"), row("s") | {"id": None}])
-    assert [crystal.id for crystal in interop.read_parquet_rows(path, 0, 2) if isinstance(crystal, Crystal)][1] == "row 1"
+    assert [crystal.id for crystal in parquet.read_parquet_rows(path, 0, 2) if isinstance(crystal, Crystal)][1] == "row 1"
 
 
 def test_perovskites_of_the_sample() -> None:
     """Five atoms each, three of them anions of the family."""
     path = SAMPLE / "perov_5.parquet"
-    stop = min(300, interop.parquet_length(path))
-    crystals = [item for item in interop.read_parquet_rows(path, 0, stop) if isinstance(item, Crystal)]
+    stop = min(300, parquet.parquet_length(path))
+    crystals = [item for item in parquet.read_parquet_rows(path, 0, stop) if isinstance(item, Crystal)]
     anions = {NUMBERS[symbol] for symbol in ("O", "N", "F", "S")}
     assert len(crystals) == stop
     assert all(len(crystal) == 5 and sum(z in anions for z in crystal.numbers_N.tolist()) >= 3 for crystal in crystals)
@@ -555,8 +555,8 @@ def test_perovskites_of_the_sample() -> None:
 def test_tables_and_p1_files_are_read_without_pymatgen() -> None:
     """Its import takes seconds, which no worker that reads such inputs should pay."""
     code = (
-        "import sys, pathlib; from dist_train.crystal import interop; from dist_train.crystal import cif as cif_io;"
-        f"list(interop.read_parquet_rows(pathlib.Path({str(SAMPLE / 'perov_5.parquet')!r}), 0, 3));"
+        "import sys, pathlib; from dist_train.crystal import parquet; from dist_train.crystal import cif as cif_io;"
+        f"list(parquet.read_parquet_rows(pathlib.Path({str(SAMPLE / 'perov_5.parquet')!r}), 0, 3));"
         f"cif_io.read_cif(pathlib.Path({str(readable('perov_5')[0])!r}), 1000);"
         "sys.exit('pymatgen' in sys.modules)"
     )

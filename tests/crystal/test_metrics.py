@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -10,11 +11,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_train.crystal.interop import match_rms, read_parquet_rows
-from dist_train.crystal.metrics import PairMetrics, compare, compare_all, structure_valid, summarise
+from dist_train.crystal.interop import match_rms
+from dist_train.crystal.metrics import (
+    PairMetrics,
+    compare,
+    compare_all,
+    compare_with_themselves,
+    structure_valid,
+    summarise,
+)
+from dist_train.crystal.parquet import read_parquet_rows
 from dist_train.crystal.structure import Crystal
+from dist_train.crystal.validity import composition_valid, smact_installed
 
 SAMPLE = Path(__file__).parents[2] / "data" / "sample"
+
+needs_smact = pytest.mark.skipif(not smact_installed(), reason="smact is not installed")
 
 
 def crystal(
@@ -54,6 +66,7 @@ def test_perfect_copy() -> None:
         match=True,
         rms=0.0,
         valid=True,
+        composition_valid=True if smact_installed() else None,
     )
 
 
@@ -149,6 +162,7 @@ def test_failed_decode_is_a_miss_everywhere(predicted: Crystal | None) -> None:
     assert result == PairMetrics(id="c", n_true=2, n_predicted=0)
     assert result.failed
     assert not any((result.match, result.valid, result.count_ok, result.species_correct))
+    assert (result.composition_valid, result.match_cdvae) == (False, False)
 
 
 def test_oblique_cells_are_compared_quickly_and_exactly() -> None:
@@ -181,28 +195,63 @@ def test_validity_by_volume() -> None:
     assert not structure_valid(crystal([[0, 0, 0]], [1], edges=(0.5, 0.5, 0.39)))
 
 
+INVALID = crystal([[0, 0, 0], [0.5, 0, 0], [0, 0.5, 0]], [11, 17, 17], id="NaCl2")
+
+
+@needs_smact
+def test_perfect_copy_of_an_invalid_composition_is_a_miss_to_cdvae() -> None:
+    result = compare(INVALID, INVALID)
+    assert (result.match, result.valid, result.composition_valid, result.match_cdvae) == (True, True, False, False)
+    assert compare(PAIR, PAIR).match_cdvae
+
+
+@needs_smact
+def test_the_composition_judged_is_the_predicted_one() -> None:
+    """Whatever the true one is, and whether the structure is possible or not."""
+    assert not compare(PAIR, INVALID).composition_valid
+    assert compare(INVALID, PAIR).composition_valid
+    close = compare(PAIR, replace(PAIR, frac_N3=PAIR.frac_N3 * 0.1))
+    assert (close.valid, close.composition_valid, close.match_cdvae) == (False, True, False)
+
+
+def test_without_smact_no_composition_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None, neither 0 nor 1, also where some predictions are misses anyhow; all else as ever."""
+    monkeypatch.setitem(sys.modules, "smact", None)
+    results = [compare(PAIR, PAIR), compare(PAIR, INVALID), compare(PAIR, None)]
+    assert [result.composition_valid for result in results] == [None, None, False]
+    assert [result.match_cdvae for result in results] == [None, False, False]
+    summary = summarise(results)
+    assert summary["match_rate_cdvae"] is summary["rmse_cdvae"] is summary["composition_valid_rate"] is None
+    assert (summary["match_rate"], summary["valid_rate"]) == pytest.approx((1 / 3, 2 / 3))
+
+
 # Many pairs
 
 
 def test_summary_of_known_pairs() -> None:
-    """A match, a match that isn't valid, a miss and a failed decode."""
+    """A match, one that isn't valid in structure, one that isn't in composition, two misses and a failed decode."""
     pairs = [
-        PairMetrics("a", 5, 5, True, 5, 0.1, 0.2, 1.0, True, 0.02, True),
-        PairMetrics("b", 2, 2, True, 2, 0.3, 0.4, 2.0, True, 0.10, False),
-        PairMetrics("c", 10, 9, False, 4, 0.5, 0.6, 3.0, False, None, True),
+        PairMetrics("a", 5, 5, True, 5, 0.1, 0.2, 1.0, True, 0.02, True, True),
+        PairMetrics("b", 2, 2, True, 2, 0.3, 0.4, 2.0, True, 0.10, False, True),
+        PairMetrics("e", 3, 3, True, 3, 0.3, 0.4, 2.0, True, 0.06, True, False),
+        PairMetrics("c", 10, 9, False, 4, 0.5, 0.6, 3.0, False, None, True, True),
+        PairMetrics("f", 2, 1, False, 1, 0.3, 0.4, 2.0, False, None, False, False),
         PairMetrics("d", 3, 0),
     ]
     expected = {
-        "match_rate": 0.25,
-        "match_rate_unconditioned": 0.5,
-        "rmse": 0.02,
-        "valid_rate": 0.5,
-        "atom_count_accuracy": 0.5,
-        "species_accuracy": 11 / 20,
+        "match_rate": 2 / 6,
+        "match_rate_unconditioned": 3 / 6,
+        "match_rate_cdvae": 1 / 6,
+        "rmse": 0.04,
+        "rmse_cdvae": 0.02,
+        "valid_rate": 3 / 6,
+        "composition_valid_rate": 3 / 6,
+        "atom_count_accuracy": 3 / 6,
+        "species_accuracy": 15 / 25,
         "position_error_A": 0.3,
         "length_error_A": 0.4,
         "angle_error_deg": 2.0,
-        "n_test": 4,
+        "n_test": 6,
         "n_failed": 1,
     }
     assert summarise(pairs) == pytest.approx(expected)
@@ -220,7 +269,7 @@ def test_summary_without_numbers_is_json() -> None:
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_processes_change_nothing(workers: int) -> None:
     """Results in the order of the pairs, progress up to the last one."""
-    crystals = samples(20)
+    crystals = [*samples(20), INVALID]
     pairs: list[tuple[Crystal, Crystal | None]] = [(true, None if n % 5 == 0 else true) for n, true in enumerate(crystals)]
     seen: list[int] = []
     results = compare_all(iter(pairs), workers, seen.append)
@@ -228,6 +277,7 @@ def test_processes_change_nothing(workers: int) -> None:
     # A crystal's RMS against itself is rounding noise of 1e-17, which pymatgen may order otherwise in another process.
     assert [result.rms for result in results] == pytest.approx([result.rms for result in expected], abs=1e-12)
     assert [replace(result, rms=None) for result in results] == [replace(result, rms=None) for result in expected]
+    assert {result.composition_valid for result in results} == ({True, False} if smact_installed() else {None, False})
     assert [result.id for result in results] == [true.id for true in crystals]
     assert seen == sorted(seen)
     assert seen[-1] == len(pairs)
@@ -240,11 +290,25 @@ def test_no_pairs() -> None:
 def test_real_crystals_match_themselves_and_not_each_other() -> None:
     """The ceiling of every benchmark: true crystals against themselves."""
     crystals = samples(40)
-    summary = summarise(compare_all([(true, true) for true in crystals], workers=1))
+    summary = summarise(compare_with_themselves(crystals, workers=1))
     assert summary["match_rate"] == summary["species_accuracy"] == summary["atom_count_accuracy"] == 1.0
     assert summary["rmse"] == pytest.approx(0.0, abs=1e-6)
+    assert summary["valid_rate"] == 1.0
     differ = [pair for pair in pairwise(crystals) if pair[0].formula != pair[1].formula]
     assert not any(result.match for result in compare_all(differ, workers=1))
+
+
+@needs_smact
+def test_a_perfect_model_scores_as_many_as_are_valid_with_cdvae() -> None:
+    """A crystal that SMACT finds invalid is a miss even as a perfect copy, and no other is."""
+    crystals = [*samples(40), INVALID]
+    results = compare_with_themselves(crystals, workers=0)
+    share = sum(composition_valid(crystal.composition) for crystal in crystals) / len(crystals)
+    summary = summarise(results)
+    assert 0.5 < share < 1
+    assert summary["match_rate"] == 1.0
+    assert summary["match_rate_cdvae"] == summary["composition_valid_rate"] == pytest.approx(share)
+    assert summary["rmse_cdvae"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_noise_is_measured() -> None:

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from dist_train.config import Channel, GridSpec
 from dist_train.crystal.elements import MAX_Z, NUMBERS, PLACES
+from dist_train.crystal.frames import grid_shape, representable
 from dist_train.crystal.structure import Crystal
-from dist_train.crystal.voxelize import code_table, grid_shape, n_channels, representable, voxelize
+from dist_train.crystal.voxelize import code_table, n_channels, voxelize
 from dist_train.errors import CrystalError
 
 FloatArray = NDArray[np.float64]

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from dist_train.config import GridSpec
-from dist_train.crystal.interop import read_parquet_rows
+from dist_train.crystal.frames import representable
+from dist_train.crystal.parquet import read_parquet_rows
 from dist_train.crystal.structure import Crystal
-from dist_train.crystal.voxelize import VoxelGrid, representable, voxelize
+from dist_train.crystal.voxelize import VoxelGrid, voxelize
 from dist_train.errors import ShardError
 from dist_train.files import sha256
 from dist_train.shards.codec import MEMBERS, add_member, encode_sample, open_tar, read_npy

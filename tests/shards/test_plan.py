@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_train.config import DataConfig, GridSpec
-from dist_train.crystal.interop import read_parquet_rows
+from dist_train.crystal.parquet import read_parquet_rows
 from dist_train.crystal.structure import Crystal
 from dist_train.errors import DataError
 from dist_train.shards.plan import (

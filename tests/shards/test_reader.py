@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_train.config import GridSpec
-from dist_train.crystal.interop import read_parquet_rows
+from dist_train.crystal.frames import representable
+from dist_train.crystal.parquet import read_parquet_rows
 from dist_train.crystal.structure import Crystal
-from dist_train.crystal.voxelize import representable, voxelize
+from dist_train.crystal.voxelize import voxelize
 from dist_train.errors import ShardError
 from dist_train.models.autoencoder import CrystalBatch
 from dist_train.shards.index import Index

@@ -1,0 +1,167 @@
+"""Crystals back from Cartesian cubes: the atoms of a `unit`, or atoms, lattice and cell of a `window` of a crystal.
+
+A window is decoded in four steps. Labels find its atoms (`box_atoms`); these repeat by a lattice (`find_lattice`); lattice
+and sites are refined on the density, with all their images inside and around the cube; and where the density wants single
+atoms elsewhere than their lattice, a larger cell is looked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_train.config import GridSpec
+from dist_train.crystal.box_atoms import (
+    BoxAtoms, density_scale, find_atoms, fit_atoms, model_density, no_atoms, normal_blocks, profiles, project_slopes,
+)  # fmt: skip
+from dist_train.crystal.decode import Decoded
+from dist_train.crystal.elements import MAX_Z
+from dist_train.crystal.find_lattice import MARGIN_A, Repeats, box_images, find_repeats
+from dist_train.crystal.frames import spacing_A
+from dist_train.crystal.lattice import compact_lattice
+from dist_train.crystal.structure import Crystal, wrap
+
+FloatArray = NDArray[np.float64]
+
+REACH_SIGMAS = 3.5
+"""Atoms farther outside a window leave less than 0.002 of their height in it."""
+SITE_ERROR_A, LATTICE_ERROR_A = 0.1, 0.05
+"""Standard deviations of sites and of lattice vectors before the density is asked."""
+SMALL_RESIDUAL = 0.01
+"""Share of the density's root mean square below which the lattice leaves nothing to explain."""
+SMALL_DEVIATION_A = 0.05
+"""Root mean square deviation of atoms from their lattice that is left to it, whatever the noise."""
+SIGNIFICANT = 3.0
+"""Deviation, in standard deviations of atoms that the density places one by one, that speaks against a lattice."""
+
+
+@dataclass(frozen=True)
+class DecodedBox(Decoded):
+    """What `Decoded` holds, and the atoms found in the cube, outermost ones included.
+
+    For a window, `crystal` has the axes of the cube and its origin in the first voxel, and `confidence_N` is the mean
+    share of votes of a site's copies times the share of copies found. A unit has no lattice: its `crystal` is None.
+    """
+
+    atoms: BoxAtoms = field(default_factory=lambda: no_atoms(""))
+
+
+def decode_box(
+    id: str,
+    density_DHW: NDArray[np.floating],
+    species_DHW: NDArray[np.integer],
+    atom_probability_DHW: NDArray[np.floating],
+    spec: GridSpec,
+    channel: Literal["occupancy", "z_density"] = "occupancy",
+) -> DecodedBox:
+    """The crystal in a window, or the atoms in a unit, of `spec`.
+
+    density_DHW: the density of one `channel`; species_DHW: the most probable element of each voxel, were there an atom
+    (0: none); atom_probability_DHW: probability of any atom, 0-1. Fields that hold no atoms or, for a window, do not
+    determine a lattice give an empty result with the reason.
+    """
+    if not (np.isfinite(density_DHW).all() and np.isfinite(atom_probability_DHW).all()):
+        return _nothing(no_atoms("the fields are not finite"))
+    heights_Z = np.arange(MAX_Z + 1.0) if channel == "z_density" else np.ones(MAX_Z + 1)
+    unit = (2 * np.pi) ** -1.5 * spec.sigma_A**-3 if channel == "z_density" else 1.0
+    density = np.asarray(density_DHW, np.float64) / unit
+    atoms = find_atoms(density, species_DHW, atom_probability_DHW, heights_Z, spec)
+    if not len(atoms):
+        return _nothing(atoms)
+    if spec.frame == "unit":
+        cart = fit_atoms(atoms.cart_N3, atoms.error_N, heights_Z[atoms.numbers_N], density, spec)
+        return DecodedBox(None, atoms.confidence_N, atoms=replace(atoms, cart_N3=cart))
+    cell = find_repeats(atoms.cart_N3, atoms.numbers_N, atoms.confidence_N, spec.box_A)
+    if not isinstance(cell, str):
+        cell = refine(cell, density, heights_Z, spec)
+    if isinstance(cell, str):
+        return _nothing(atoms, f"lattice not determined: {cell}")
+    lattice = compact_lattice(cell.lattice_A)
+    crystal = Crystal(id, lattice, wrap(cell.cart_N3 @ np.linalg.inv(lattice)), cell.numbers_N)
+    return DecodedBox(crystal, cell.votes_N * cell.support_N, atoms=atoms)
+
+
+def _nothing(atoms: BoxAtoms, reason: str = "") -> DecodedBox:
+    return DecodedBox(None, np.zeros(0), reason or atoms.reason, atoms)
+
+
+def refine(cell: Repeats, density: FloatArray, heights_Z: FloatArray, spec: GridSpec) -> Repeats | str:
+    """The cell fitted to the density, or a larger one that single atoms ask for, or why neither is possible."""
+    cell, residual = fit_cell(cell, density, heights_Z, spec)
+    if residual < SMALL_RESIDUAL:
+        return cell
+    places, fitted, site, error = _free_atoms(cell, density, heights_Z, spec)
+    deviation = float(np.sqrt(((fitted - places) ** 2).sum(1).mean()))
+    if deviation < max(SMALL_DEVIATION_A, SIGNIFICANT * error):
+        return cell
+    tolerance = max(SMALL_DEVIATION_A, SIGNIFICANT * error)
+    larger = find_repeats(fitted, cell.numbers_N[site], cell.votes_N[site], spec.box_A, tolerance)
+    if isinstance(larger, str):
+        return f"atoms lie {deviation:.2f} A off the best one, and {larger}"
+    return fit_cell(larger, density, heights_Z, spec)[0]
+
+
+def fit_cell(cell: Repeats, density: FloatArray, heights_Z: FloatArray, spec: GridSpec) -> tuple[Repeats, float]:
+    """The cell with lattice and sites by Gauss-Newton on the density, and the root mean square of what is left of it.
+
+    All images count that reach into the cube. The residual is a share of the density's own root mean square.
+    """
+    images, site = _images(cell, spec)
+    heights = heights_Z[cell.numbers_N[site]]
+    steps = np.round((images - cell.cart_N3[site]) @ np.linalg.inv(cell.lattice_A))
+    design = np.concatenate([np.eye(len(cell.cart_N3))[site], steps], axis=1)
+    start = np.concatenate([cell.cart_N3, cell.lattice_A])
+    error = np.repeat([SITE_ERROR_A] * len(cell.cart_N3) + [LATTICE_ERROR_A] * 3, 3)
+    now, normal = start.copy(), np.zeros((0, 0))
+    for _ in range(6):
+        gauss, slope = profiles(design @ now, len(density), spacing_A(spec), spec.sigma_A)
+        model = model_density(gauss, heights)
+        scale = density_scale(model, density)
+        residual = density - scale * model
+        if not len(normal):  # it changes little on the way
+            blocks = design.T @ normal_blocks(gauss, slope, heights) @ design
+            normal = blocks.transpose(2, 0, 3, 1).reshape(start.size, start.size)
+        hold = max(float((residual**2).mean()), 1e-10) * _correlation_volume(residual) / error**2
+        target = scale * (design.T @ (heights[:, None] * project_slopes(residual, gauss, slope))).ravel()
+        step = np.linalg.solve(scale**2 * normal + np.diag(hold), target - hold * (now - start).ravel())
+        now += step.reshape(now.shape)
+        if np.abs(step).max() < 1e-5:
+            break
+    left = float(np.sqrt((residual**2).sum() / max((density**2).sum(), 1e-30)))
+    return replace(cell, cart_N3=now[:-3], lattice_A=now[-3:]), left
+
+
+def _images(cell: Repeats, spec: GridSpec) -> tuple[FloatArray, NDArray[np.int64]]:
+    """All atoms [M, 3] of a cell that reach into a window, and their sites [M]."""
+    reach = REACH_SIGMAS * spec.sigma_A
+    return box_images(cell.lattice_A, cell.cart_N3, -reach, spec.box_A + reach)
+
+
+def _free_atoms(
+    cell: Repeats, density: FloatArray, heights_Z: FloatArray, spec: GridSpec
+) -> tuple[FloatArray, FloatArray, NDArray[np.int64], float]:
+    """Where a cell has atoms in the window, where the density wants each, their sites, and the rough error of that."""
+    images, site = _images(cell, spec)
+    heights, spacing = heights_Z[cell.numbers_N[site]], spacing_A(spec)
+    inside = ((images >= MARGIN_A) & (images <= spec.box_A - MARGIN_A)).all(1)
+    gauss, slope = profiles(images, len(density), spacing, spec.sigma_A)
+    scale = density_scale(model_density(gauss, heights), density)
+    rest = density - scale * model_density(gauss[:, ~inside], heights[~inside])
+    places = images[inside]
+    fitted = fit_atoms(places, np.full(len(places), 2 * SITE_ERROR_A), heights[inside], rest, spec, iterations=3)
+    gauss, slope = profiles(fitted, len(density), spacing, spec.sigma_A)
+    residual = rest - scale * model_density(gauss, heights[inside])
+    information = np.einsum("aaNN->N", normal_blocks(gauss, slope, heights[inside])) / 3 * scale**2
+    variance = (residual**2).mean() * _correlation_volume(residual) / np.maximum(information, 1e-12)
+    return places, fitted, site[inside], float(np.sqrt(3 * np.median(variance)))
+
+
+def _correlation_volume(residual_DHW: FloatArray) -> float:
+    """Voxels that one independent value of a residual fills, from its correlation between neighbours along the axes."""
+    square = max(float((residual_DHW**2).sum()), 1e-30)
+    along = [np.vdot(np.moveaxis(residual_DHW, axis, 0)[1:], np.moveaxis(residual_DHW, axis, 0)[:-1]) for axis in range(3)]
+    correlation = np.clip(np.array(along) / square, 0.0, 0.9)
+    return float(np.prod((1 + correlation) / (1 - correlation)))

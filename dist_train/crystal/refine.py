@@ -1,0 +1,181 @@
+"""Atoms fitted to a periodic density of equal Gaussians: Gauss-Newton on all positions together.
+
+The residual is exact, so the fit is too; the normal equations are those of a fine grid, in closed form, where the overlap of
+the gradients of two Gaussians depends only on the vector between them. One height and one width for all atoms are fitted with
+the positions, so that a blurred or faint density isn't taken for noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+from scipy.spatial import cKDTree
+
+from dist_train.crystal import kernels
+from dist_train.crystal.lattice import FloatArray, image_offsets
+from dist_train.crystal.spectrum import NoiseSpectrum
+from dist_train.crystal.voxelize import fill_density
+
+LARGEST_STEP_A = 0.1
+FIT_SIGMAS = 2.8
+"""The residual is looked at up to here from each atom."""
+OVERLAP_SIGMAS = 8.0
+"""Atoms farther apart don't disturb each other: their gradients overlap by less than 1e-4."""
+LOCAL = 0.7
+"""Width, over that of an atom, of the Gaussian that meets a weighed residual."""
+CONVERGED_A, CONVERGED_NOISY_A = 2e-5, 1e-3
+CLEAN = 1e-3
+"""Residual, in heights of an atom, below which there is no noise to weigh."""
+HEIGHTS, WIDTHS = (0.3, 1.5), (0.9, 1.6)
+"""Limits of the fitted height, and of the fitted sigma over the given one."""
+_ITERATIONS, _SWEEPS, _ROUNDS = 15, 10, 2
+
+
+@dataclass(frozen=True)
+class Fit:
+    """cart_N3: fitted positions in angstrom; residual_DHW: what they leave of the density, in heights of an atom."""
+
+    cart_N3: FloatArray
+    residual_DHW: NDArray[np.float32]
+
+
+def refine(
+    cart_N3: FloatArray, errors_N: FloatArray, density_DHW: NDArray[np.float32], lattice_A: FloatArray, sigma_A: float
+) -> Fit:
+    """Fit equal Gaussians, each with its images, to a density; where that is noisy the atoms stay near their start.
+
+    cart_N3: where the atoms start, in angstrom; errors_N: the standard error of that along each axis. A first fit takes the
+    noise of the density as white. From what it leaves the noise's spectrum is estimated, and every frequency is weighed by
+    it in a second one: networks err smoothly, and their high frequencies still tell where an atom is.
+    """
+    problem = _Problem(cart_N3, errors_N, density_DHW, lattice_A, sigma_A)
+    problem.fit_white()
+    if problem.residual.std() > CLEAN * problem.height:
+        for _ in range(_ROUNDS):
+            problem.fit_weighed(NoiseSpectrum.of(problem.residual, lattice_A))
+    return Fit(problem.cart, problem.residual / np.float32(problem.height))
+
+
+class _Problem:
+    """The state of a fit: positions, height and width, and the residual that they leave."""
+
+    def __init__(
+        self, cart_N3: FloatArray, errors_N: FloatArray, density_DHW: NDArray[np.float32], lattice_A: FloatArray,
+        sigma_A: float,
+    ) -> None:  # fmt: skip
+        self.start, self.variance = cart_N3, errors_N**2
+        self.density, self.lattice, self.sigma = density_DHW, lattice_A, sigma_A
+        self.shape = np.array(density_DHW.shape)
+        self.basis, _, self.spacings, _ = kernels.geometry(lattice_A, self.shape)
+        self.inverse = np.linalg.inv(lattice_A)
+        self.cart, self.height, self.width = cart_N3.copy(), 1.0, sigma_A
+        self.field, self.wider = np.empty((2, 1, *density_DHW.shape), np.float32)
+        self.residual = density_DHW
+        self.pairs = _pairs(cart_N3, lattice_A, OVERLAP_SIGMAS * sigma_A)
+        self.distances = np.linspace(0.0, OVERLAP_SIGMAS * sigma_A + 4 * LARGEST_STEP_A * _ITERATIONS, 128)
+        self.square = np.ones(len(cart_N3))
+
+    def fit_white(self) -> None:
+        """Positions, height and width for noise that is independent from voxel to voxel."""
+        for _ in range(_ITERATIONS):
+            self._fit_profile()
+            slope, self.square = self._slopes(self.residual, self.width)
+            if self._step(slope, self._white_coupling(), np.maximum(self.square, 1e-10)) < CONVERGED_A:
+                break
+
+    def fit_weighed(self, noise: NoiseSpectrum) -> None:
+        """Positions for noise of a known spectrum, which is stronger around some atoms than around others."""
+        coupling = noise.coupling(self.width, self.distances)
+        local = np.clip(self.square / self.square.mean(), 0.1, 10.0)
+        for _ in range(_ITERATIONS):
+            self._fill(self.width, self.field)
+            self.residual = self.density - np.float32(self.height) * self.field[0]
+            slope, _ = self._slopes(noise.weigh(self.residual, self.width, LOCAL * self.width), LOCAL * self.width)
+            if self._step(slope, coupling, local) < CONVERGED_NOISY_A:
+                break
+
+    def _white_coupling(self) -> tuple[FloatArray, FloatArray]:
+        """`NoiseSpectrum.coupling` of white noise of unit variance, in closed form."""
+        square = (self.distances / self.width) ** 2
+        voxels_per_A3 = self.shape.prod() / abs(np.linalg.det(self.lattice))
+        across = voxels_per_A3 * (np.pi * self.width**2) ** 1.5 * np.exp(-0.25 * square) / (2 * self.width**2)
+        return across, across * (1 - 0.5 * square)
+
+    def _step(self, slope: FloatArray, coupling: tuple[FloatArray, FloatArray], noise: FloatArray) -> float:
+        """Move the atoms; the longest step in angstrom."""
+        across, along = (self.height**2 * part for part in coupling)
+        pull = slope * self.height / noise[:, None] - (self.cart - self.start) / self.variance[:, None]
+        step = _solve(self.cart, pull, self.variance, noise, across, along, self.distances[1], *self.pairs)
+        self.cart += step
+        return float(np.abs(step).max())
+
+    def _fit_profile(self) -> None:
+        """One Gauss-Newton step of height and width on the whole density; the residual afterwards."""
+        self._fill(self.width, self.field)
+        self._fill(1.02 * self.width, self.wider)
+        unit, slope = self.field.ravel(), (self.wider - self.field).ravel() * np.float32(self.height / 0.02)
+        rest = self.density.ravel() - np.float32(self.height) * unit
+        normal = np.array([[unit @ unit, unit @ slope], [unit @ slope, slope @ slope]], np.float64)
+        change = np.linalg.solve(normal + 1e-6 * np.trace(normal) * np.eye(2), [unit @ rest, slope @ rest])
+        self.height = float(np.clip(self.height + change[0], *HEIGHTS))
+        self.width = float(
+            np.clip(self.width * np.exp(np.clip(change[1], -0.2, 0.2)), WIDTHS[0] * self.sigma, WIDTHS[1] * self.sigma)
+        )
+        self._fill(self.width, self.field)
+        self.residual = self.density - np.float32(self.height) * self.field[0]
+
+    def _fill(self, width: float, field: NDArray[np.float32]) -> None:
+        fill_density(self.cart @ self.inverse, np.ones((len(self.cart), 1), np.float32), self.lattice, width, field)
+
+    def _slopes(self, field: NDArray[np.float32], sigma_A: float) -> tuple[FloatArray, FloatArray]:
+        centres = self.cart @ self.inverse * self.shape
+        found = kernels.residual_slopes(centres, self.basis, self.spacings, sigma_A, FIT_SIGMAS * sigma_A, field)
+        return found[0], found[1]
+
+
+def _pairs(cart_N3: FloatArray, lattice_A: FloatArray, cutoff_A: float) -> tuple[NDArray[np.int64], ...]:
+    """(first [N + 1], other [P], shift [P, 3]): the atoms and images within the cutoff of each atom, not itself."""
+    cells = np.floor(cart_N3 @ np.linalg.inv(lattice_A)) @ lattice_A
+    offsets = image_offsets(lattice_A, cutoff_A) @ lattice_A
+    images = cKDTree((cart_N3 - cells + offsets[:, None]).reshape(-1, 3))
+    first, other, shift = [0], [], []
+    for n, found in enumerate(images.query_ball_point(cart_N3 - cells, cutoff_A, return_sorted=True)):
+        for index in found:
+            image, m = divmod(index, len(cart_N3))
+            if m != n or offsets[image].any():
+                other.append(m)
+                shift.append(offsets[image] - cells[m] + cells[n])
+        first.append(len(other))
+    return np.array(first), np.array(other, np.int64), np.array(shift, np.float64).reshape(-1, 3)
+
+
+@njit(cache=True, nogil=True)
+def _solve(cart, pull, variance, noise, across, along, spacing, first, other, shift):  # type: ignore[no-untyped-def]
+    """[N, 3] steps in angstrom: Gauss-Seidel on the normal equations of all positions, their priors included.
+
+    across, along: couplings of two atoms at distances of 0, `spacing`, 2 `spacing`... angstrom.
+    """
+    step = np.zeros_like(cart)
+    for _ in range(_SWEEPS):
+        for n in range(len(cart)):
+            right = pull[n].copy()
+            for p in range(first[n], first[n + 1]):
+                m = other[p]
+                d = cart[n] - cart[m] - shift[p]
+                length = np.sqrt((d * d).sum())
+                entry = min(int(length / spacing), len(across) - 2)
+                rest = length / spacing - entry
+                a = across[entry] + rest * (across[entry + 1] - across[entry])
+                b = along[entry] + rest * (along[entry + 1] - along[entry])
+                dot = (d * step[m]).sum() / max(length * length, 1e-12)
+                for axis in range(3):
+                    part = d[axis] * dot
+                    right[axis] -= (a * (step[m, axis] - part) + b * part) / noise[n]
+            step[n] = right / (across[0] / noise[n] + 1.0 / variance[n])
+            length = np.sqrt((step[n] ** 2).sum())
+            if length > LARGEST_STEP_A:
+                step[n] *= LARGEST_STEP_A / length
+    return step
