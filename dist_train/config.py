@@ -41,7 +41,7 @@ class GridSpec(Section):
     """'cell': fractional grid of the cell, periodic. 'window': Cartesian cube cut from the infinite crystal.
     'unit': Cartesian cube around the atoms of one cell, without periodic images."""
     shape: Annotated[int, Field(ge=12, le=128)] | Literal["adaptive"] = 32
-    """Voxels along every axis, or, for cells, 'adaptive': edge over spacing, rounded up to a multiple of 8, for each axis."""
+    """Voxels along every axis; 'adaptive', for cells: along each axis edge over spacing, rounded up to a multiple of 8."""
     box_A: Positive = 9.3
     """Edge in angstrom of the cube of a window or unit, from its first voxel to its last."""
     max_spacing_A: Positive = 0.3
@@ -52,8 +52,10 @@ class GridSpec(Section):
     """Standard deviation in angstrom of the Gaussian that stands for an atom."""
     radius_A: Positive = 0.5
     """Voxels within this many angstrom of their nearest atom carry its species."""
-    min_distance_A: NonNegative = 0.7
+    min_distance_A: NonNegative = 0.5
     """Crystals with two atoms closer than this many angstrom are rejected: the grid can't tell them apart."""
+    min_like_distance_A: NonNegative = 0.95
+    """The same for two atoms of one element, which the species of voxels don't tell apart."""
     max_atoms: Count = 1000
     """Crystals with more atoms are rejected."""
     niggli: bool = True
@@ -107,8 +109,8 @@ class GridSpec(Section):
 
 
 _PAPER: dict[str, Any] = {
-    "shape": 30, "box_A": 10.0, "max_spacing_A": 0.345, "sigma_A": 1.0, "radius_A": 0.65, "random_rotation": True,
-    "channels": ["z_density"],
+    "shape": 30, "box_A": 10.0, "max_spacing_A": 0.345, "sigma_A": 1.0, "radius_A": 0.65,
+    "min_like_distance_A": 1.0, "random_rotation": True, "channels": ["z_density"],
 }  # fmt: skip
 GRID_PRESETS: dict[str, dict[str, Any]] = {
     "default": {},

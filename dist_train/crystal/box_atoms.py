@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
+from scipy.ndimage import laplace
 
 from dist_train.config import GridSpec
 from dist_train.crystal.decode import LIKE_DISTANCE_A, MAX_ATOMS_PER_A3, MIN_SCORE, UNLIKE_DISTANCE_A
@@ -24,12 +25,12 @@ CENTRE_ERROR_A = 0.1
 """Standard deviation of an atom's place as its labels give it: 0.05 on clean ones, 0.1 where a tenth are wrong."""
 CUT_ERROR_A = 0.3
 """What is added to it where the cube's faces leave nothing of the atom's ball."""
-LABEL_REACH_A = 0.15
-"""How far beyond the species radius an atom's own labels may seem to lie."""
-MIN_DENSITY = 0.2
-"""Least density at an atom, as a share of its Gaussian: labels without any are no atom."""
+MIN_DENSITY = 0.4
+"""Least density at an atom, beyond the noise, as a share of its Gaussian: labels without any are no atom."""
 SCALES = 0.3, 3.0
 """Least and greatest overall scale of a density: a blurred one is lower."""
+WIDTHS = 0.8, 2.0
+"""Least and greatest width of the Gaussians, as a share of the spec's."""
 MAX_STEP_A = 0.15
 """Longest move of an atom in one iteration of the fit."""
 _SHIFTS, _ITERATIONS = 6, 8
@@ -73,23 +74,24 @@ def find_atoms(
     species = np.ascontiguousarray(species_DHW, np.uint8)
     probability = np.ascontiguousarray(atom_probability_DHW, np.float32)
     radius = spec.radius_A / spacing
-    voxels, scores = _scores(species, probability, _ball(radius), MIN_SCORE)
-    voxels = voxels[np.argsort(-scores, kind="stable")]
+    voxels, votes = _candidates(species, probability, _ball(radius), MIN_SCORE)
+    voxels = voxels[np.argsort(-votes, kind="stable")]
     most = int(MAX_ATOMS_PER_A3 * spec.box_A**3)
-    limits = max(LIKE_DISTANCE_A, spec.radius_A + LABEL_REACH_A) / spacing, UNLIKE_DISTANCE_A / spacing
-    centres, numbers, votes, inside = _pick(voxels, species, probability, radius, *limits, most + 1)
+    limits = LIKE_DISTANCE_A / spacing, UNLIKE_DISTANCE_A / spacing
+    centres, numbers, scores, inside = _pick(voxels, species.copy(), probability, radius, *limits, MIN_SCORE, most + 1)
     if len(centres) > most:
         return no_atoms(f"over {most} atoms found, more than the cube can hold")
-    nearest = np.clip(np.round(centres), 0, spec.box_A / spacing).astype(int)
+    nearest = np.clip(np.round(centres), 0, len(species) - 1).astype(int)
     heights = heights_Z[numbers]
-    gauss, _ = profiles(centres * spacing, len(species), spacing, spec.sigma_A)
-    scale = density_scale(model_density(gauss, heights), density_DHW)
-    kept = np.flatnonzero(density_DHW[tuple(nearest.T)] > MIN_DENSITY * scale * heights)
+    model = model_density(profiles(centres * spacing, len(species), spacing, spec.sigma_A)[0], heights)
+    scale, _ = density_shape(model, density_DHW, spec.sigma_A, spec)
+    noise = float((density_DHW - scale * model).std())
+    kept = np.flatnonzero(density_DHW[tuple(nearest.T)] > scale * MIN_DENSITY * heights - 2.0 * noise)
     if not len(kept):
         return no_atoms(f"no atom found: no voxel scores {MIN_SCORE} or more where there is density")
-    kept = kept[np.argsort(-votes[kept], kind="stable")]
+    kept = kept[np.argsort(-scores[kept], kind="stable")]
     error = CENTRE_ERROR_A + CUT_ERROR_A * (1.0 - inside[kept])
-    return BoxAtoms(centres[kept] * spacing, numbers[kept], votes[kept], error)
+    return BoxAtoms(centres[kept] * spacing, numbers[kept], scores[kept], error)
 
 
 def _ball(radius_voxels: float) -> IntArray:
@@ -100,58 +102,75 @@ def _ball(radius_voxels: float) -> IntArray:
 
 
 @njit(cache=True, nogil=True)
-def _scores(species, probability, ball, min_score):  # type: ignore[no-untyped-def]
-    """Voxels [M, 3] with at least `min_score` of the votes of their ball's part in the cube, and those scores."""
+def _candidates(species, probability, ball, min_score):  # type: ignore[no-untyped-def]
+    """Voxels [M, 3] with at least the share `min_score` of the votes of their ball's part in the cube, and the votes."""
     n0, n1, n2 = species.shape
     voxels = np.empty((species.size, 3), np.int64)
-    scores = np.empty(species.size, np.float64)
+    votes = np.empty(species.size, np.float64)
     found = 0
     for i in range(n0):
         for j in range(n1):
             for k in range(n2):
                 if species[i, j, k] == 0 or probability[i, j, k] < 0.1:
                     continue
-                votes, inside = 0.0, 0
+                total, inside = 0.0, 0
                 for m in range(len(ball)):
                     a, b, c = i + ball[m, 0], j + ball[m, 1], k + ball[m, 2]
                     if a < 0 or b < 0 or c < 0 or a >= n0 or b >= n1 or c >= n2:
                         continue
                     inside += 1
                     if species[a, b, c] == species[i, j, k]:
-                        votes += probability[a, b, c]
-                if votes >= min_score * inside:
+                        total += probability[a, b, c]
+                if total >= min_score * inside:
                     voxels[found, 0], voxels[found, 1], voxels[found, 2] = i, j, k
-                    scores[found] = votes / inside
+                    votes[found] = total
                     found += 1
-    return voxels[:found], scores[:found]
+    return voxels[:found], votes[:found]
 
 
 @njit(cache=True, nogil=True)
-def _pick(voxels, species, probability, radius, like, unlike, most):  # type: ignore[no-untyped-def]
-    """Atoms from voxels in falling order of score: centres [N, 3] in voxels, numbers, votes and shares of their balls.
+def _pick(voxels, species, probability, radius, like, unlike, min_score, most):  # type: ignore[no-untyped-def]
+    """Atoms from voxels in falling order of votes: centres [N, 3] in voxels, numbers, scores and shares of their balls.
 
-    A voxel nearer than `like` / `unlike` voxels to an atom taken before it is no new one.
+    A voxel nearer than `like` / `unlike` voxels to an atom taken before it is no new one; nor is one without enough votes
+    when those around the atoms taken before it are left out: these are struck from `species`.
     """
     size = min(len(voxels), most)
     centres, numbers = np.empty((size, 3)), np.empty(size, np.int64)
-    votes, inside = np.empty(size), np.empty(size)
+    scores, shares = np.empty(size), np.empty(size)
     taken = 0
     for m in range(len(voxels)):
         i, j, k = voxels[m]
-        free = True
+        free = species[i, j, k] > 0
         for n in range(taken):
             limit = like if numbers[n] == species[i, j, k] else unlike
             d2 = (i - centres[n, 0]) ** 2 + (j - centres[n, 1]) ** 2 + (k - centres[n, 2]) ** 2
-            if d2 < limit * limit:
+            if not free or d2 < limit * limit:
                 free = False
                 break
-        if free:
-            numbers[taken] = species[i, j, k]
-            centres[taken], votes[taken], inside[taken] = _centre(voxels[m], species, probability, radius)
-            taken += 1
-            if taken == most:
-                break
-    return centres[:taken], numbers[:taken], votes[:taken], inside[:taken]
+        if not free:
+            continue
+        centre, score, share = _centre(voxels[m], species, probability, radius)
+        if score < min_score:
+            continue
+        centres[taken], numbers[taken], scores[taken], shares[taken] = centre, species[i, j, k], score, share
+        _strike(centre, species[i, j, k], species, radius)
+        taken += 1
+        if taken == most:
+            break
+    return centres[:taken], numbers[:taken], scores[:taken], shares[:taken]
+
+
+@njit(cache=True, nogil=True)
+def _strike(centre, number, species, radius):  # type: ignore[no-untyped-def]
+    """Take the labels of an element away from a ball."""
+    x, y, z = centre
+    n0, n1, n2 = species.shape
+    for i in range(max(int(np.ceil(x - radius)), 0), min(int(np.floor(x + radius)) + 1, n0)):
+        for j in range(max(int(np.ceil(y - radius)), 0), min(int(np.floor(y + radius)) + 1, n1)):
+            for k in range(max(int(np.ceil(z - radius)), 0), min(int(np.floor(z + radius)) + 1, n2)):
+                if species[i, j, k] == number and (i - x) ** 2 + (j - y) ** 2 + (k - z) ** 2 <= radius * radius:
+                    species[i, j, k] = 0
 
 
 @njit(cache=True, nogil=True)
@@ -205,9 +224,22 @@ def model_density(gauss: FloatArray, heights_N: FloatArray) -> FloatArray:
     return np.asarray((planes.reshape(-1, n * n).T @ gauss[2]).reshape(n, n, n))
 
 
-def density_scale(model_DHW: FloatArray, density_DHW: FloatArray) -> float:
-    """The overall factor by which a model fits a density best, within SCALES."""
-    return float(np.clip(np.vdot(model_DHW, density_DHW) / max(np.vdot(model_DHW, model_DHW), 1e-12), *SCALES))
+def density_shape(model_DHW: FloatArray, density_DHW: FloatArray, sigma: float, spec: GridSpec) -> tuple[float, float]:
+    """Overall factor and width of the Gaussians that fit a density better than a model of width `sigma` does.
+
+    A blurred density is lower and wider. Gaussians obey the heat equation: d model / d (sigma^2 / 2) is its Laplacian.
+    """
+    laplacian = laplace(model_DHW)[1:-1, 1:-1, 1:-1].ravel() / spacing_A(spec) ** 2
+    model, density = model_DHW[1:-1, 1:-1, 1:-1].ravel(), density_DHW[1:-1, 1:-1, 1:-1].ravel()
+    square, cross, other = model @ model, model @ laplacian, laplacian @ laplacian
+    determinant = square * other - cross**2
+    if determinant <= 1e-9 * square * other:
+        return 1.0, sigma
+    first, second = model @ density, laplacian @ density
+    scale = float(np.clip((first * other - second * cross) / determinant, *SCALES))
+    change = 2.0 * float((second * square - first * cross) / determinant) / scale
+    low, high = WIDTHS[0] * spec.sigma_A, WIDTHS[1] * spec.sigma_A
+    return scale, float(np.sqrt(np.clip(sigma**2 + change, low**2, high**2)))
 
 
 def project_slopes(field_DHW: FloatArray, gauss: FloatArray, slope: FloatArray) -> FloatArray:
@@ -239,18 +271,17 @@ def fit_atoms(
     heights_N: FloatArray,
     density_DHW: FloatArray,
     spec: GridSpec,
-    iterations: int = _ITERATIONS,
-) -> FloatArray:
-    """[N, 3] coordinates in angstrom that fit Gaussians to the density, all atoms at once by Gauss-Newton.
+) -> tuple[FloatArray, FloatArray]:
+    """[N, 3] coordinates that fit Gaussians to the density, all atoms at once by Gauss-Newton, and their errors [N].
 
     `error_N` are standard deviations of `start_N3`, weighed against the residual near each atom, so that a density which
-    the atoms can't explain pulls none of them away.
+    the atoms can't explain pulls none of them away. All in angstrom.
     """
-    cart, spacing = start_N3.copy(), spacing_A(spec)
-    for _ in range(iterations):
-        gauss, slope = profiles(cart, len(density_DHW), spacing, spec.sigma_A)
+    cart, spacing, sigma = start_N3.copy(), spacing_A(spec), spec.sigma_A
+    for _ in range(_ITERATIONS):
+        gauss, slope = profiles(cart, len(density_DHW), spacing, sigma)
         model = model_density(gauss, heights_N)
-        scale = density_scale(model, density_DHW)
+        scale, sigma = density_shape(model, density_DHW, sigma, spec)
         residual = density_DHW - scale * model
         square = np.einsum("ijN,Nj,Ni->N", residual**2 @ gauss[2].T, gauss[1], gauss[0], optimize=True)
         noise = np.maximum(square / np.maximum(gauss.sum(2).prod(0), 1e-12), 1e-10)
@@ -258,10 +289,19 @@ def fit_atoms(
         target = scale * (heights_N[:, None] * project_slopes(residual, gauss, slope)).ravel()
         target -= hold * (cart - start_N3).ravel()
         blocks = scale**2 * normal_blocks(gauss, slope, heights_N)
-        normal = blocks.transpose(2, 0, 3, 1).reshape(len(target), len(target))
-        step = np.linalg.solve(normal + np.diag(hold), target).reshape(-1, 3)
+        normal = blocks.transpose(2, 0, 3, 1).reshape(len(target), len(target)) + np.diag(hold)
+        step = np.linalg.solve(normal, target).reshape(-1, 3)
         length = np.linalg.norm(step, axis=1)
         cart += step * np.minimum(1.0, MAX_STEP_A / np.maximum(length, 1e-12))[:, None]
-        if length.max() < 1e-4:
+        if length.max() < 1e-3:
             break
-    return cart
+    variance = np.diag(np.linalg.inv(normal)).reshape(-1, 3).sum(1) * noise * correlation_volume(residual)
+    return cart, np.sqrt(variance)
+
+
+def correlation_volume(residual_DHW: FloatArray) -> float:
+    """Voxels that one independent value of a residual fills, from its correlation between neighbours along the axes."""
+    square = max(float((residual_DHW**2).sum()), 1e-30)
+    along = [np.vdot(np.moveaxis(residual_DHW, axis, 0)[1:], np.moveaxis(residual_DHW, axis, 0)[:-1]) for axis in range(3)]
+    correlation = np.clip(np.array(along) / square, 0.0, 0.9)
+    return float(np.prod((1 + correlation) / (1 - correlation)))

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from dist_train.config import GridSpec
 from dist_train.crystal.lattice import MIN_VOLUME_A3, image_offsets, plane_spacings
-from dist_train.crystal.structure import Crystal, wrap
 from dist_train.crystal.refine import refine
+from dist_train.crystal.structure import Crystal, wrap
 from dist_train.crystal.voxelize import voxelize
 
 FloatArray = NDArray[np.float64]
@@ -26,10 +26,13 @@ FloatArray = NDArray[np.float64]
 MIN_SCORE = 0.35
 """Share of the ball's votes below which a voxel is no atom."""
 LIKE_DISTANCE_A, UNLIKE_DISTANCE_A = 0.8, 0.6
-"""No two decoded atoms of the same element / of different elements are nearer than this."""
+LIKE_RADII, UNLIKE_RADII = 1.6, 1.2
+"""Votes of the same element / of different elements nearer than this many species radii are taken for one atom's."""
 CENTROID_RADII = 1.15
 """Ball of a centroid, in species radii: a little wider, so that its edge doesn't cut the sphere of labels."""
 NETWORK_ERROR_A = 0.01
+MISSING_HEIGHT, MAX_COMPLETIONS, LARGEST_ERROR_A = 0.4, 3, 0.2
+"""Density, in heights of an atom, that is left where one is missing; how often to look; the error of where it is seen."""
 SHIFTS = 3
 """Times that the ball of votes is moved to their centre."""
 MAX_ATOMS_PER_A3 = 0.5
@@ -75,21 +78,44 @@ def decode(
     order = np.argsort(-scores, kind="stable")
     voxels, scores = voxels[order], scores[order]
     numbers = species[voxels[:, 0], voxels[:, 1], voxels[:, 2]].astype(np.int64)
-    images = image_offsets(lattice_A, LIKE_DISTANCE_A).astype(np.float64)
+    like, unlike = LIKE_RADII * spec.radius_A, UNLIKE_RADII * spec.radius_A
+    images = image_offsets(lattice_A, like).astype(np.float64)
     most = min(spec.max_atoms, int(MAX_ATOMS_PER_A3 * abs(np.linalg.det(lattice_A))))
-    kept = _suppress(voxels / shape, numbers, lattice_A, images, LIKE_DISTANCE_A, UNLIKE_DISTANCE_A, most + 1)
+    kept = _suppress(voxels / shape, numbers, lattice_A, images, like, unlike, most + 1)
     if not len(kept):
         return Decoded(None, nothing, f"no atom found: no voxel scores {MIN_SCORE} or more")
     if len(kept) > most:
         return Decoded(None, nothing, f"over {most} atoms found, more than the cell or the spec can hold")
-    basis = lattice_A / shape[:, None]
-    reach = CENTROID_RADII * spec.radius_A
-    centres = _centroids(voxels[kept], species, probability, basis, spacings / shape, reach, SHIFTS)
-    errors = _centroid_errors(scores[kept], len(ball), spacings / shape, spec.radius_A)
     density = np.ascontiguousarray(occupancy_DHW, np.float32)
-    fit = refine(centres @ basis, errors, density, lattice_A, spec.sigma_A)
+    basis, errors = lattice_A / shape[:, None], _centroid_errors(scores[kept], len(ball), spacings / shape, spec.radius_A)
+    reach = CENTROID_RADII * spec.radius_A
+    cart = _centroids(voxels[kept], species, probability, basis, spacings / shape, reach, SHIFTS) @ basis
+    found, confidence = numbers[kept], scores[kept]
+    fit = refine(cart, errors, density, lattice_A, spec.sigma_A)
+    for _ in range(MAX_COMPLETIONS):
+        missing = _missing(fit.residual_DHW, species, probability, lattice_A, images, like)
+        if not len(missing):
+            break
+        cart = np.concatenate([fit.cart_N3, missing @ basis])
+        errors = np.concatenate([errors, np.full(len(missing), LARGEST_ERROR_A)])
+        place = tuple(missing.T)
+        found = np.concatenate([found, species[place].astype(np.int64)])
+        confidence = np.concatenate([confidence, probability[place]])
+        fit = refine(cart, errors, density, lattice_A, spec.sigma_A)
     frac = fit.cart_N3 @ np.linalg.inv(lattice_A)
-    return Decoded(Crystal(id, lattice_A, wrap(frac), numbers[kept]), scores[kept])
+    return Decoded(Crystal(id, lattice_A, wrap(frac), found), confidence)
+
+
+def _missing(
+    residual_DHW: NDArray[np.float32], species_DHW: NDArray[np.uint8], probability_DHW: NDArray[np.float32],
+    lattice_A: FloatArray, images: FloatArray, apart_A: float,
+) -> NDArray[np.int64]:  # fmt: skip
+    """[M, 3] voxels that are labelled as atoms and hold density that no atom explains: one of two like atoms very close."""
+    voxels = np.argwhere((residual_DHW > MISSING_HEIGHT) & (species_DHW > 0) & (probability_DHW > 0.5))
+    voxels = voxels[np.argsort(-residual_DHW[tuple(voxels.T)], kind="stable")]
+    alike = np.zeros(len(voxels), np.int64)
+    kept = _suppress(voxels / np.array(residual_DHW.shape), alike, lattice_A, images, apart_A, apart_A, len(voxels) + 1)
+    return np.asarray(voxels[kept])
 
 
 def _centroid_errors(scores_N: FloatArray, ball: int, spacings_A: FloatArray, radius_A: float) -> FloatArray:
@@ -100,7 +126,7 @@ def _centroid_errors(scores_N: FloatArray, ball: int, spacings_A: FloatArray, ra
     """
     voxels = 0.042 * spacings_A.max()
     votes = 0.6 * radius_A * np.sqrt(np.clip(1.0 - scores_N, 0.0, 1.0) / ball)
-    return np.sqrt(voxels**2 + votes**2 + NETWORK_ERROR_A**2)
+    return np.asarray(np.sqrt(voxels**2 + votes**2 + NETWORK_ERROR_A**2))
 
 
 def _lattice_fault(lattice_A: FloatArray) -> str:

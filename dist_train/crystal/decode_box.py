@@ -15,19 +15,20 @@ from numpy.typing import NDArray
 
 from dist_train.config import GridSpec
 from dist_train.crystal.box_atoms import (
-    BoxAtoms, density_scale, find_atoms, fit_atoms, model_density, no_atoms, normal_blocks, profiles, project_slopes,
+    BoxAtoms, correlation_volume, density_shape, find_atoms, fit_atoms, model_density, no_atoms, normal_blocks, profiles,
+    project_slopes,
 )  # fmt: skip
 from dist_train.crystal.decode import Decoded
 from dist_train.crystal.elements import MAX_Z
-from dist_train.crystal.find_lattice import MARGIN_A, Repeats, box_images, find_repeats
+from dist_train.crystal.find_lattice import MARGIN_A, TOLERANCE_A, Repeats, box_images, find_repeats
 from dist_train.crystal.frames import spacing_A
 from dist_train.crystal.lattice import compact_lattice
 from dist_train.crystal.structure import Crystal, wrap
 
 FloatArray = NDArray[np.float64]
 
-REACH_SIGMAS = 3.5
-"""Atoms farther outside a window leave less than 0.002 of their height in it."""
+REACH_SIGMAS = 3.0
+"""Atoms farther outside a window leave 0.001 of the mean density at its faces, together."""
 SITE_ERROR_A, LATTICE_ERROR_A = 0.1, 0.05
 """Standard deviations of sites and of lattice vectors before the density is asked."""
 SMALL_RESIDUAL = 0.01
@@ -36,6 +37,7 @@ SMALL_DEVIATION_A = 0.05
 """Root mean square deviation of atoms from their lattice that is left to it, whatever the noise."""
 SIGNIFICANT = 3.0
 """Deviation, in standard deviations of atoms that the density places one by one, that speaks against a lattice."""
+_ITERATIONS = 8
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,8 @@ def decode_box(
     if not len(atoms):
         return _nothing(atoms)
     if spec.frame == "unit":
-        cart = fit_atoms(atoms.cart_N3, atoms.error_N, heights_Z[atoms.numbers_N], density, spec)
-        return DecodedBox(None, atoms.confidence_N, atoms=replace(atoms, cart_N3=cart))
+        cart, error = fit_atoms(atoms.cart_N3, atoms.error_N, heights_Z[atoms.numbers_N], density, spec)
+        return DecodedBox(None, atoms.confidence_N, atoms=replace(atoms, cart_N3=cart, error_N=error))
     cell = find_repeats(atoms.cart_N3, atoms.numbers_N, atoms.confidence_N, spec.box_A)
     if not isinstance(cell, str):
         cell = refine(cell, density, heights_Z, spec)
@@ -94,13 +96,13 @@ def refine(cell: Repeats, density: FloatArray, heights_Z: FloatArray, spec: Grid
     if residual < SMALL_RESIDUAL:
         return cell
     places, fitted, site, error = _free_atoms(cell, density, heights_Z, spec)
-    deviation = float(np.sqrt(((fitted - places) ** 2).sum(1).mean()))
-    if deviation < max(SMALL_DEVIATION_A, SIGNIFICANT * error):
+    square, limit = ((fitted - places) ** 2).sum(1), SMALL_DEVIATION_A**2 + (SIGNIFICANT * error) ** 2
+    if (square / limit).mean() < 1.0:
         return cell
-    tolerance = max(SMALL_DEVIATION_A, SIGNIFICANT * error)
+    tolerance = float(np.clip(SIGNIFICANT * np.median(error), SMALL_DEVIATION_A, TOLERANCE_A))
     larger = find_repeats(fitted, cell.numbers_N[site], cell.votes_N[site], spec.box_A, tolerance)
     if isinstance(larger, str):
-        return f"atoms lie {deviation:.2f} A off the best one, and {larger}"
+        return f"atoms lie {np.sqrt(square.mean()):.2f} A off the best one, and {larger}"
     return fit_cell(larger, density, heights_Z, spec)[0]
 
 
@@ -114,24 +116,31 @@ def fit_cell(cell: Repeats, density: FloatArray, heights_Z: FloatArray, spec: Gr
     steps = np.round((images - cell.cart_N3[site]) @ np.linalg.inv(cell.lattice_A))
     design = np.concatenate([np.eye(len(cell.cart_N3))[site], steps], axis=1)
     start = np.concatenate([cell.cart_N3, cell.lattice_A])
-    error = np.repeat([SITE_ERROR_A] * len(cell.cart_N3) + [LATTICE_ERROR_A] * 3, 3)
-    now, normal = start.copy(), np.zeros((0, 0))
-    for _ in range(6):
-        gauss, slope = profiles(design @ now, len(density), spacing_A(spec), spec.sigma_A)
+    copies = max(spec.box_A**3 / abs(np.linalg.det(cell.lattice_A)), 1.0)
+    error = np.repeat([SITE_ERROR_A / np.sqrt(copies)] * len(cell.cart_N3) + [LATTICE_ERROR_A / np.sqrt(copies)] * 3, 3)
+    now, sigma, best, left = start.copy(), spec.sigma_A, start, np.inf
+    normal = np.zeros((start.size, start.size))
+    for iteration in range(_ITERATIONS):
+        gauss, slope = profiles(design @ now, len(density), spacing_A(spec), sigma)
         model = model_density(gauss, heights)
-        scale = density_scale(model, density)
+        scale, width = density_shape(model, density, sigma, spec)
         residual = density - scale * model
-        if not len(normal):  # it changes little on the way
+        square = float((residual**2).mean())
+        if square > left:  # too far: nearly even densities fit many places
+            now = (now + best) / 2
+            continue
+        best, left, sigma = now, square, width
+        hold = max(square, 1e-10) * correlation_volume(residual) / error**2
+        if iteration < 2:  # it changes little from then on
             blocks = design.T @ normal_blocks(gauss, slope, heights) @ design
             normal = blocks.transpose(2, 0, 3, 1).reshape(start.size, start.size)
-        hold = max(float((residual**2).mean()), 1e-10) * _correlation_volume(residual) / error**2
         target = scale * (design.T @ (heights[:, None] * project_slopes(residual, gauss, slope))).ravel()
         step = np.linalg.solve(scale**2 * normal + np.diag(hold), target - hold * (now - start).ravel())
-        now += step.reshape(now.shape)
-        if np.abs(step).max() < 1e-5:
+        now = now + step.reshape(now.shape)
+        if np.abs(step).max() < 5e-4:
             break
-    left = float(np.sqrt((residual**2).sum() / max((density**2).sum(), 1e-30)))
-    return replace(cell, cart_N3=now[:-3], lattice_A=now[-3:]), left
+    share = float(np.sqrt(left / max((density**2).mean(), 1e-30)))
+    return replace(cell, cart_N3=best[:-3], lattice_A=best[-3:]), share
 
 
 def _images(cell: Repeats, spec: GridSpec) -> tuple[FloatArray, NDArray[np.int64]]:
@@ -142,26 +151,15 @@ def _images(cell: Repeats, spec: GridSpec) -> tuple[FloatArray, NDArray[np.int64
 
 def _free_atoms(
     cell: Repeats, density: FloatArray, heights_Z: FloatArray, spec: GridSpec
-) -> tuple[FloatArray, FloatArray, NDArray[np.int64], float]:
-    """Where a cell has atoms in the window, where the density wants each, their sites, and the rough error of that."""
+) -> tuple[FloatArray, FloatArray, NDArray[np.int64], FloatArray]:
+    """Where a cell has atoms in the window, where the density wants each, their sites, and the errors of these places."""
     images, site = _images(cell, spec)
-    heights, spacing = heights_Z[cell.numbers_N[site]], spacing_A(spec)
+    heights, sigma = heights_Z[cell.numbers_N[site]], spec.sigma_A
     inside = ((images >= MARGIN_A) & (images <= spec.box_A - MARGIN_A)).all(1)
-    gauss, slope = profiles(images, len(density), spacing, spec.sigma_A)
-    scale = density_scale(model_density(gauss, heights), density)
+    for _ in range(3):
+        gauss, _ = profiles(images, len(density), spacing_A(spec), sigma)
+        scale, sigma = density_shape(model_density(gauss, heights), density, sigma, spec)
     rest = density - scale * model_density(gauss[:, ~inside], heights[~inside])
     places = images[inside]
-    fitted = fit_atoms(places, np.full(len(places), 2 * SITE_ERROR_A), heights[inside], rest, spec, iterations=3)
-    gauss, slope = profiles(fitted, len(density), spacing, spec.sigma_A)
-    residual = rest - scale * model_density(gauss, heights[inside])
-    information = np.einsum("aaNN->N", normal_blocks(gauss, slope, heights[inside])) / 3 * scale**2
-    variance = (residual**2).mean() * _correlation_volume(residual) / np.maximum(information, 1e-12)
-    return places, fitted, site[inside], float(np.sqrt(3 * np.median(variance)))
-
-
-def _correlation_volume(residual_DHW: FloatArray) -> float:
-    """Voxels that one independent value of a residual fills, from its correlation between neighbours along the axes."""
-    square = max(float((residual_DHW**2).sum()), 1e-30)
-    along = [np.vdot(np.moveaxis(residual_DHW, axis, 0)[1:], np.moveaxis(residual_DHW, axis, 0)[:-1]) for axis in range(3)]
-    correlation = np.clip(np.array(along) / square, 0.0, 0.9)
-    return float(np.prod((1 + correlation) / (1 - correlation)))
+    fitted, error = fit_atoms(places, np.full(len(places), 2 * SITE_ERROR_A), heights[inside], rest, spec)
+    return places, fitted, site[inside], error

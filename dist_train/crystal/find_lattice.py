@@ -56,6 +56,7 @@ class Repeats:
     numbers_N: IntArray
     support_N: FloatArray
     votes_N: FloatArray
+    explained: float
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,7 @@ class Points:
     def inner(self) -> Points:
         """The atoms that lie well inside."""
         which = ((self.cart_N3 >= MARGIN_A) & (self.cart_N3 <= self.box_A - MARGIN_A)).all(1)
-        return replace(
-            self, cart_N3=self.cart_N3[which], numbers_N=self.numbers_N[which], votes_N=self.votes_N[which]
-        )
+        return replace(self, cart_N3=self.cart_N3[which], numbers_N=self.numbers_N[which], votes_N=self.votes_N[which])
 
 
 def find_repeats(
@@ -267,7 +266,7 @@ def _fold(basis: FloatArray, points: Points) -> Repeats | str:
     np.add.at(ballots, (site, inner.numbers_N), inner.votes_N)
     numbers = ballots.argmax(1)
     agree = np.bincount(site, numbers[site] == inner.numbers_N, len(sites))
-    cell = Repeats(lattice, sites, numbers, np.zeros(len(sites)), ballots.max(1) / np.maximum(agree, 1))
+    cell = Repeats(lattice, sites, numbers, np.zeros(len(sites)), ballots.max(1) / np.maximum(agree, 1), 0.0)
     return _supported(cell, points)
 
 
@@ -291,9 +290,7 @@ def _supported(cell: Repeats, points: Points) -> Repeats | str:
         return f"the best lattice explains {explained:.2f} of the atoms in the cube, below {least:.2f}"
     if support[kept].min() < 1.0 - 2.5 * (1.0 - least):
         return f"a site of the best lattice shows {support[kept].min():.2f} of its copies"
-    return Repeats(
-        cell.lattice_A, cell.cart_N3[kept], cell.numbers_N[kept], support[kept], cell.votes_N[kept]
-    )
+    return Repeats(cell.lattice_A, cell.cart_N3[kept], cell.numbers_N[kept], support[kept], cell.votes_N[kept], float(explained))
 
 
 def box_images(lattice: FloatArray, sites_K3: FloatArray, low: float, high: float) -> tuple[FloatArray, IntArray]:

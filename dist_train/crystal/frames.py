@@ -17,7 +17,7 @@ from scipy.spatial.transform import Rotation
 
 from dist_train.config import GridSpec
 from dist_train.crystal.elements import SYMBOLS
-from dist_train.crystal.lattice import shortest_distance
+from dist_train.crystal.lattice import compact_lattice, neighbour_pairs
 from dist_train.crystal.structure import Crystal, wrap
 from dist_train.errors import CrystalError
 
@@ -62,6 +62,8 @@ def representable(crystal: Crystal, spec: GridSpec) -> Crystal:
             raise CrystalError(f"{crystal.id}: no code in element_table for {[SYMBOLS[z] for z in sorted(unknown)]}")
     if spec.niggli:
         crystal = crystal.reduced()
+    if spec.frame == "cell":
+        crystal = _ordered(crystal)
     try:
         grid_shape(crystal.lattice_A, spec)
     except CrystalError as error:
@@ -70,6 +72,15 @@ def representable(crystal: Crystal, spec: GridSpec) -> Crystal:
         _check_fits(crystal, spec)
     _check_pairs(crystal, spec)
     return crystal
+
+
+def _ordered(crystal: Crystal) -> Crystal:
+    """The same crystal with a right-handed cell, whose six parameters hold it, and edges in rising order."""
+    order = np.argsort(np.linalg.norm(crystal.lattice_A, axis=1).round(6), kind="stable")
+    lattice, frac = crystal.lattice_A[order], crystal.frac_N3[:, order]
+    # Turning all three axes round changes the hand and no length or angle.
+    sign = 1.0 if np.linalg.det(lattice) > 0 else -1.0
+    return replace(crystal, lattice_A=sign * lattice, frac_N3=wrap(sign * frac))
 
 
 def _check_fits(crystal: Crystal, spec: GridSpec) -> None:
@@ -84,9 +95,15 @@ def _check_fits(crystal: Crystal, spec: GridSpec) -> None:
 
 
 def _check_pairs(crystal: Crystal, spec: GridSpec) -> None:
-    shortest = shortest_distance(crystal.lattice_A, crystal.frac_N3)
-    if shortest < spec.min_distance_A:
-        raise CrystalError(f"{crystal.id}: two atoms {shortest:.3f} A apart, at least {spec.min_distance_A} A is needed")
+    """Raise CrystalError where two atoms are nearer than the decoder tells apart on an ideal field."""
+    lattice = compact_lattice(crystal.lattice_A)
+    limit = max(spec.min_distance_A, spec.min_like_distance_A)
+    first, second, shift = neighbour_pairs(lattice, crystal.cart_N3, limit)
+    distances = np.linalg.norm(crystal.cart_N3[first] - crystal.cart_N3[second] - shift, axis=1)
+    like = crystal.numbers_N[first] == crystal.numbers_N[second]
+    for kind, pairs, least in (("two", ~like, spec.min_distance_A), ("two like", like, limit)):
+        if (shortest := distances[pairs].min(initial=np.inf)) < least:
+            raise CrystalError(f"{crystal.id}: {kind} atoms {shortest:.3f} A apart, at least {least} A is needed")
 
 
 def placed(crystal: Crystal, spec: GridSpec, copy: int = 0) -> Crystal:

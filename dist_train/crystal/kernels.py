@@ -233,31 +233,34 @@ def mark_species(centres_N3, numbers_N, basis, spacings, radius, periodic, speci
 
 
 @njit(cache=True, nogil=True)
-def residual_slopes(centres_N3, basis, spacings, sigma, reach, residual_DHW):  # type: ignore[no-untyped-def]
-    """Of each atom on a periodic grid: sum of residual * gradient of a unit Gaussian by its position [N, 3] in 1 / angstrom,
-    and the mean square of the residual [N], over the voxels within `reach` angstrom."""
-    n0, n1, n2 = residual_DHW.shape
-    slopes, squares = np.zeros((len(centres_N3), 3)), np.zeros(len(centres_N3))
+def overlaps(centres_N3, basis, spacings, sigma, reach, field_DHW):  # type: ignore[no-untyped-def]
+    """Of a unit Gaussian at each centre with a field on a periodic grid, over the voxels within `reach` angstrom.
+
+    Sum of field * Gaussian [N], of field * its gradient by the centre [N, 3] in 1 / angstrom, mean square of the field [N].
+    """
+    n0, n1, n2 = field_DHW.shape
+    sums, slopes, squares = np.zeros(len(centres_N3)), np.zeros((len(centres_N3), 3)), np.zeros(len(centres_N3))
     r0, r1, r2 = reach / spacings[0], reach / spacings[1], reach / spacings[2]
     for n in range(len(centres_N3)):
         u, v, w = centres_N3[n, 0], centres_N3[n, 1], centres_N3[n, 2]
+        k0, k1 = int(np.ceil(w - r2)), int(np.floor(w + r2))
         count, gx, gy, gz = 0, 0.0, 0.0, 0.0
         for i in range(int(np.ceil(u - r0)), int(np.floor(u + r0)) + 1):
             for j in range(int(np.ceil(v - r1)), int(np.floor(v + r1)) + 1):
-                k0 = int(np.ceil(w - r2))
                 a, b, c = i % n0, j % n1, k0 % n2
-                for k in range(k0, int(np.floor(w + r2)) + 1):
+                for k in range(k0, k1 + 1):
                     x = (i - u) * basis[0, 0] + (j - v) * basis[1, 0] + (k - w) * basis[2, 0]
                     y = (i - u) * basis[0, 1] + (j - v) * basis[1, 1] + (k - w) * basis[2, 1]
                     z = (i - u) * basis[0, 2] + (j - v) * basis[1, 2] + (k - w) * basis[2, 2]
                     d2 = x * x + y * y + z * z
                     if d2 <= reach * reach:
-                        rest = residual_DHW[a, b, c]
-                        weight = rest * np.exp(-0.5 * d2 / (sigma * sigma)) / (sigma * sigma)
+                        value = field_DHW[a, b, c]
+                        weight = value * np.exp(-0.5 * d2 / (sigma * sigma))
+                        sums[n] += weight
                         gx, gy, gz = gx + weight * x, gy + weight * y, gz + weight * z
-                        squares[n] += rest * rest
+                        squares[n] += value * value
                         count += 1
                     c = c + 1 if c + 1 < n2 else 0
-        slopes[n, 0], slopes[n, 1], slopes[n, 2] = gx, gy, gz
+        slopes[n, 0], slopes[n, 1], slopes[n, 2] = gx / sigma**2, gy / sigma**2, gz / sigma**2
         squares[n] /= max(count, 1)
-    return slopes, squares
+    return sums, slopes, squares

@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import spglib
 from numpy.typing import NDArray
+from scipy.spatial import cKDTree
 
 FloatArray = NDArray[np.float64]
 
@@ -102,10 +103,19 @@ def periodic_distances(lattice_A: FloatArray, frac_N3: FloatArray, frac_M3: Floa
     return np.asarray(np.sqrt(best))
 
 
-def shortest_distance(lattice_A: FloatArray, frac_N3: FloatArray) -> float:
-    """Shortest distance in angstrom between two different atoms, or an atom and its own image."""
-    distances = periodic_distances(lattice_A, frac_N3, frac_N3)
-    np.fill_diagonal(distances, np.inf)
-    offsets = image_offsets(lattice_A, float(np.linalg.norm(lattice_A, axis=1).min()))
-    own = np.linalg.norm(offsets[np.any(offsets != 0, axis=1)] @ lattice_A, axis=1).min()
-    return float(min(distances.min(), own))
+def neighbour_pairs(
+    lattice_A: FloatArray, cart_N3: FloatArray, cutoff_A: float
+) -> tuple[NDArray[np.int64], NDArray[np.int64], FloatArray]:
+    """(first [P], second [P], shift [P, 3]): every pair of atoms closer than the cutoff, both ways round, by rising first.
+
+    The second atom of a pair is the image moved by `shift` angstrom; an atom pairs with its own images, not with itself.
+    """
+    cells = np.floor(cart_N3 @ np.linalg.inv(lattice_A)) @ lattice_A
+    wrapped = cart_N3 - cells
+    offsets = image_offsets(lattice_A, cutoff_A) @ lattice_A
+    near = cKDTree((wrapped + offsets[:, None]).reshape(-1, 3)).query_ball_point(wrapped, cutoff_A, return_sorted=True)
+    first = np.repeat(np.arange(len(cart_N3)), [len(found) for found in near])
+    image, second = np.divmod(np.concatenate([*near, []]).astype(np.int64), max(len(cart_N3), 1))
+    other = (first != second) | offsets[image].any(axis=1)
+    first, second, image = first[other], second[other], image[other]
+    return first, second, offsets[image] - cells[second] + cells[first]

@@ -72,6 +72,8 @@ def _rows(path: Path, start: int, stop: int) -> Iterator[tuple[int, dict[str, An
 
 
 def _open_parquet(path: Path) -> pq.ParquetFile:
+    if not path.is_file():
+        raise DataError(f"{path}: no file")
     try:
         table = pq.ParquetFile(path)
         missing = [name for name in PARQUET_COLUMNS if name not in table.schema_arrow.names]

@@ -17,11 +17,16 @@ CUTOFF = 5.8
 
 def mode_counts(lattice_A: FloatArray, sigma_A: float) -> NDArray[np.int64]:
     """[3] modes along each axis of the series, of both signs."""
-    return 2 * np.floor(CUTOFF / sigma_A * np.linalg.norm(lattice_A, axis=1) / (2 * np.pi)).astype(np.int64) + 1
+    edges = np.linalg.norm(lattice_A, axis=1)
+    return np.asarray(2 * np.floor(CUTOFF / sigma_A * edges / (2 * np.pi)) + 1, np.int64)
 
 
 def sum_modes(
-    frac_N3: FloatArray, codes_NC: NDArray[np.float32], lattice_A: FloatArray, sigma_A: float, density_CDHW: NDArray[np.float32]
+    frac_N3: FloatArray,
+    codes_NC: NDArray[np.float32],
+    lattice_A: FloatArray,
+    sigma_A: float,
+    density_CDHW: NDArray[np.float32],
 ) -> None:
     """Write the density of unit-height Gaussians times codes into `density_CDHW`, in place."""
     modes = [np.arange(-(count // 2), count // 2 + 1) for count in mode_counts(lattice_A, sigma_A)]
@@ -29,7 +34,8 @@ def sum_modes(
     weights = _weights(modes, lattice_A, sigma_A)
     phases = [np.exp(-2j * np.pi * np.outer(u, h)).astype(np.complex64) for u, h in zip(frac_N3.T, modes)]
     waves = [
-        np.exp(2j * np.pi * np.outer(np.arange(n) / n, h)).astype(np.complex64) for n, h in zip(density_CDHW.shape[1:], modes)
+        np.exp(2j * np.pi * np.outer(np.arange(n) / n, h)).astype(np.complex64)
+        for n, h in zip(density_CDHW.shape[1:], modes)
     ]
     last = np.concatenate([waves[2].real, -waves[2].imag], axis=1).T
     plane = (phases[1][:, :, None] * phases[2][:, None, :]).reshape(len(frac_N3), -1)

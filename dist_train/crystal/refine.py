@@ -1,8 +1,8 @@
 """Atoms fitted to a periodic density of equal Gaussians: Gauss-Newton on all positions together.
 
-The residual is exact, so the fit is too; the normal equations are those of a fine grid, in closed form, where the overlap of
-the gradients of two Gaussians depends only on the vector between them. One height and one width for all atoms are fitted with
-the positions, so that a blurred or faint density isn't taken for noise.
+The residual is exact, so the fit is too; the normal equations are those of a fine grid, where the overlap of the gradients
+of two Gaussians depends only on the vector between them. One height and one width for all atoms are fitted with the
+positions, so that a blurred or faint density isn't taken for noise.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
-from scipy.spatial import cKDTree
 
 from dist_train.crystal import kernels
-from dist_train.crystal.lattice import FloatArray, image_offsets
+from dist_train.crystal.lattice import FloatArray, neighbour_pairs
 from dist_train.crystal.spectrum import NoiseSpectrum
 from dist_train.crystal.voxelize import fill_density
 
@@ -74,7 +73,8 @@ class _Problem:
         self.cart, self.height, self.width = cart_N3.copy(), 1.0, sigma_A
         self.field, self.wider = np.empty((2, 1, *density_DHW.shape), np.float32)
         self.residual = density_DHW
-        self.pairs = _pairs(cart_N3, lattice_A, OVERLAP_SIGMAS * sigma_A)
+        first, self.second, self.shift = neighbour_pairs(lattice_A, cart_N3, OVERLAP_SIGMAS * sigma_A)
+        self.first = np.searchsorted(first, np.arange(len(cart_N3) + 1))
         self.distances = np.linspace(0.0, OVERLAP_SIGMAS * sigma_A + 4 * LARGEST_STEP_A * _ITERATIONS, 128)
         self.square = np.ones(len(cart_N3))
 
@@ -108,7 +108,9 @@ class _Problem:
         """Move the atoms; the longest step in angstrom."""
         across, along = (self.height**2 * part for part in coupling)
         pull = slope * self.height / noise[:, None] - (self.cart - self.start) / self.variance[:, None]
-        step = _solve(self.cart, pull, self.variance, noise, across, along, self.distances[1], *self.pairs)
+        step = _solve(
+            self.cart, pull, self.variance, noise, across, along, self.distances[1], self.first, self.second, self.shift
+        )
         self.cart += step
         return float(np.abs(step).max())
 
@@ -132,38 +134,23 @@ class _Problem:
 
     def _slopes(self, field: NDArray[np.float32], sigma_A: float) -> tuple[FloatArray, FloatArray]:
         centres = self.cart @ self.inverse * self.shape
-        found = kernels.residual_slopes(centres, self.basis, self.spacings, sigma_A, FIT_SIGMAS * sigma_A, field)
-        return found[0], found[1]
-
-
-def _pairs(cart_N3: FloatArray, lattice_A: FloatArray, cutoff_A: float) -> tuple[NDArray[np.int64], ...]:
-    """(first [N + 1], other [P], shift [P, 3]): the atoms and images within the cutoff of each atom, not itself."""
-    cells = np.floor(cart_N3 @ np.linalg.inv(lattice_A)) @ lattice_A
-    offsets = image_offsets(lattice_A, cutoff_A) @ lattice_A
-    images = cKDTree((cart_N3 - cells + offsets[:, None]).reshape(-1, 3))
-    first, other, shift = [0], [], []
-    for n, found in enumerate(images.query_ball_point(cart_N3 - cells, cutoff_A, return_sorted=True)):
-        for index in found:
-            image, m = divmod(index, len(cart_N3))
-            if m != n or offsets[image].any():
-                other.append(m)
-                shift.append(offsets[image] - cells[m] + cells[n])
-        first.append(len(other))
-    return np.array(first), np.array(other, np.int64), np.array(shift, np.float64).reshape(-1, 3)
+        _, slopes, squares = kernels.overlaps(centres, self.basis, self.spacings, sigma_A, FIT_SIGMAS * sigma_A, field)
+        return slopes, squares
 
 
 @njit(cache=True, nogil=True)
-def _solve(cart, pull, variance, noise, across, along, spacing, first, other, shift):  # type: ignore[no-untyped-def]
+def _solve(cart, pull, variance, noise, across, along, spacing, first, second, shift):  # type: ignore[no-untyped-def]
     """[N, 3] steps in angstrom: Gauss-Seidel on the normal equations of all positions, their priors included.
 
-    across, along: couplings of two atoms at distances of 0, `spacing`, 2 `spacing`... angstrom.
+    across, along: couplings of two atoms at distances of 0, `spacing`, 2 `spacing`... angstrom; the neighbours of atom n are
+    second[first[n] : first[n + 1]].
     """
     step = np.zeros_like(cart)
     for _ in range(_SWEEPS):
         for n in range(len(cart)):
             right = pull[n].copy()
             for p in range(first[n], first[n + 1]):
-                m = other[p]
+                m = second[p]
                 d = cart[n] - cart[m] - shift[p]
                 length = np.sqrt((d * d).sum())
                 entry = min(int(length / spacing), len(across) - 2)

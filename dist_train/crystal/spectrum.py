@@ -58,7 +58,9 @@ class NoiseSpectrum:
         narrower one needs fewer voxels, and where it is cut off no high frequency leaks in.
         """
         smoothing = (sigma_A / local_A) ** 3 * np.exp(-0.5 * self.squares * (sigma_A**2 - local_A**2))
-        return np.asarray(fft.irfftn(fft.rfftn(field_DHW) * (smoothing / self.power(np.sqrt(self.squares))), s=self.shape), np.float32)
+        return np.asarray(
+            fft.irfftn(fft.rfftn(field_DHW) * (smoothing / self.power(np.sqrt(self.squares))), s=self.shape), np.float32
+        )
 
     def coupling(self, sigma_A: float, distances_A: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Normal equations of unit Gaussians under this noise, 1 / angstrom^2: (across, along) of two atoms, by distance.

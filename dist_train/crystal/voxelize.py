@@ -33,7 +33,7 @@ Algorithm = Literal["product", "matrix product", "stamping", "reciprocal"]
 
 @dataclass(frozen=True)
 class VoxelGrid:
-    """density_CDHW: float32 channels on the grid; species_DHW: uint8 atomic numbers; axes D, H, W follow a, b, c or x, y, z."""
+    """density_CDHW: float32 channels; species_DHW: uint8 atomic numbers; axes D, H, W follow a, b, c or x, y, z."""
 
     density_CDHW: NDArray[np.float32]
     species_DHW: NDArray[np.uint8]

@@ -40,7 +40,9 @@ from dist_train.crystal.voxelize import code_table
 REACH = 6.0
 """Standard deviations after which Gaussians end: 1.5e-8 of their height in space, 1e-7 in all missing waves together."""
 RANK_BITS, INDEX_BITS, NUMBER_BITS = 39, 16, 7
-"""Squared distance over squared radius, place in the crystal and atomic number of an atom, together in a sortable int64."""
+"""Squared distance over squared radius, place in the crystal and atomic number of an atom, together in a sortable int64.
+
+Crystals of more than 2^16 atoms don't fit."""
 NO_ATOM = 2**63 - 2**NUMBER_BITS
 """More than any such number; its atomic number is 0."""
 
@@ -111,7 +113,7 @@ class _Atoms(NamedTuple):
     """Atoms, or their images, where a grid sees them.
 
     centre_BN3: float64 position in voxels; label_BN: place in the crystal and atomic number, in the lower bits of an int64,
-    the number 0 for padding; weight_BKN: float32 height in each of the densities to make, 0 for padding.
+    the number 0 for padding; weight_BKN: float32 height in each of the densities to make.
     """
 
     centre_BN3: Tensor
@@ -210,12 +212,20 @@ def voxelize_batch(batch: CrystalTensors, spec: GridSpec, shape: Shape | None = 
     channels, elements = codes.shape[1], batch.elements_BE.shape[1]
     density = torch.empty((len(batch), channels, prod(shape)), device=batch.device)
     species = torch.empty((len(batch), prod(shape)), dtype=torch.uint8, device=batch.device)
-    bounds = _mode_bounds(batch, spec.sigma_A) if spec.frame == "cell" else [0, 0, 0]
-    each = min(channels, elements) * prod(max(n, 2 * m + 1) for n, m in zip(shape, bounds, strict=True))
+    each = _size(batch, spec, shape, min(channels, elements))
     with torch.no_grad(), _full_precision(batch.device):
         for part in _parts(len(batch), each, batch.device):
             _fill(batch.rows(part), spec, codes, shape, density[part], species[part])
     return density.view(len(batch), channels, *shape), species.view(len(batch), *shape)
+
+
+def _size(batch: CrystalTensors, spec: GridSpec, shape: Shape, fields: int) -> int:
+    """Numbers in the largest intermediate result of a crystal that isn't made atom by atom."""
+    if spec.frame == "cell":
+        bounds = _mode_bounds(batch, spec.sigma_A)
+        return fields * prod(max(n, 2 * m + 1) for n, m in zip(shape, bounds, strict=True))
+    images = batch.atoms_B * _image_counts(batch, spec).prod(1) if spec.frame == "window" else np.zeros(1)
+    return max(fields * prod(shape), 16 * int(images.max()))
 
 
 @cache
@@ -240,6 +250,7 @@ def _full_precision(device: torch.device) -> Iterator[None]:
     """float32 products in float32: neither autocast nor the TF32 and bfloat16 that the process may have allowed.
 
     torch keeps each of these settings twice and refuses to work while the two differ, so both are set and put back.
+    Autocast leaves in-place products and those with `out` alone, as torch's documentation says; here it is off for any.
     """
     backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
@@ -282,9 +293,8 @@ def _fill(
 
 
 def _element_weights(batch: CrystalTensors) -> Tensor:
-    """[B, E, N] 1 where an atom is of an element."""
-    elements_BE1 = batch.elements_BE.unsqueeze(2)
-    return ((elements_BE1 == batch.numbers_BN.unsqueeze(1)) & (elements_BE1 > 0)).float()
+    """[B, E, N] 1 where an atom is of an element; padding is of the element 0, all of whose codes are 0."""
+    return batch.elements_BE.unsqueeze(2).eq(batch.numbers_BN.unsqueeze(1)).float()
 
 
 def _cell_atoms(batch: CrystalTensors, weight_BKN: Tensor, shape: Shape) -> _Atoms:
@@ -303,7 +313,7 @@ def _box_atoms(batch: CrystalTensors, weight_BKN: Tensor, spec: GridSpec, step_3
     step = _send(torch.from_numpy(step_3), batch.device)
     if spec.frame == "unit":
         return _Atoms(_rows_times(batch.frac_BN3, batch.lattice_B33) / step, _labels(batch), weight_BKN)
-    cart_BM3, label_BM = _images(batch, spec.box_A, max(REACH * spec.sigma_A, spec.radius_A))
+    cart_BM3, label_BM = _images(batch, spec)
     places = (label_BM >> NUMBER_BITS).unsqueeze(1).expand(-1, weight_BKN.shape[1], -1)
     weight_BKM = weight_BKN.gather(2, places) * _present(label_BM).unsqueeze(1)
     return _Atoms(cart_BM3 / step, label_BM, weight_BKM)
@@ -314,11 +324,19 @@ def _present(label: Tensor) -> Tensor:
     return label.bitwise_and(2**NUMBER_BITS - 1).gt(0)
 
 
-def _images(batch: CrystalTensors, box: float, margin: float) -> tuple[Tensor, Tensor]:
-    """Cartesian positions [B, M, 3] and labels [B, M] of all images up to `margin` outside the cube."""
-    half = box / 2 + margin
-    # A turned cube spans, along any axis, at most the sphere around it: enough candidates, without asking the device.
-    most_B3 = np.floor(2 * sqrt(3) * half / batch.spacings_B3 * (1 + 1e-9)).astype(np.int64) + 1
+def _half(spec: GridSpec) -> float:
+    """Half the edge of the cube that holds every image which matters in a window, in angstrom."""
+    return spec.box_A / 2 + max(REACH * spec.sigma_A, spec.radius_A)
+
+
+def _image_counts(batch: CrystalTensors, spec: GridSpec) -> NDArray[np.int64]:
+    """[B, 3] most images of an atom along each axis of the cell: however the cube is turned, a sphere goes round it."""
+    return np.floor(2 * sqrt(3) * _half(spec) / batch.spacings_B3 * (1 + 1e-9)).astype(np.int64) + 1
+
+
+def _images(batch: CrystalTensors, spec: GridSpec) -> tuple[Tensor, Tensor]:
+    """Cartesian positions [B, M, 3] and labels [B, M] of the images that matter in windows, filled up with zeros."""
+    most_B3, half, box = _image_counts(batch, spec), _half(spec), spec.box_A
     many_B = batch.atoms_B * most_B3.prod(1)
     host = np.column_stack([many_B, many_B.cumsum() - many_B, most_B3])
     many, start, *most = _send(torch.from_numpy(host), batch.device).unbind(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import subprocess
 import sys
 import warnings
@@ -94,7 +95,7 @@ DIGITS = {"cif": 1.1e-8, "poscar": 1e-13, "extxyz": 1e-8, "parquet": 1e-12}
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("ending", [".cif.gz", ".vasp", ".extxyz", ".parquet"])
 def test_round_trip_of_real_crystals(tmp_path: Path, ending: str, family: str) -> None:
-    """Cell, atoms and order to the digits of the format; extxyz alone keeps the id whatever the file is called."""
+    """Cell, atoms, order and id to the digits of the format; POSCAR and extxyz keep the orientation too."""
     for crystal in real(family):
         path = tmp_path / f"{crystal.id}{ending}"
         write_crystal(path, crystal)
@@ -116,8 +117,9 @@ def test_every_name_is_written_and_read(tmp_path: Path, name: str) -> None:
     again = read_one(tmp_path / name)
     assert again.id == ("salt" if format_of(Path(name))[0] in ("extxyz", "parquet") else name.split(".")[0])
     assert_same(again, SALT, 2e-8)
-    for frac in (SALT.frac_N3 * 1.0, np.where(SALT.frac_N3 == 0, -0.0, SALT.frac_N3)):
-        write_crystal(tmp_path / name, replace(SALT, frac_N3=frac))
+    for zero in (0.0, -0.0):
+        frac, lattice = (np.where(array == 0, zero, array) for array in (SALT.frac_N3, SALT.lattice_A))
+        write_crystal(tmp_path / name, replace(SALT, frac_N3=frac, lattice_A=lattice))
         assert (tmp_path / name).read_bytes() == content
 
 
@@ -162,18 +164,29 @@ def test_written_extxyz() -> None:
     ]
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "x.parquet"
-    write_crystal(path, SALT)
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, poscar = tmp_path / "new" / "x.parquet", tmp_path / "new" / "x.vasp"
+    for path in (table, poscar):
+        write_crystal(path, SALT)
 
     def crystals() -> Iterator[Crystal]:
         yield SALT
         raise KeyboardInterrupt
 
+    def write_half(path: Path, content: bytes) -> None:
+        with path.open("wb") as file:
+            file.write(content[: len(content) // 2])
+        raise OSError("disk full")
+
     with pytest.raises(KeyboardInterrupt):
-        write_parquet(path, crystals())
-    assert read_one(path).id == "salt"
-    assert list(tmp_path.iterdir()) == [path]
+        write_parquet(table, crystals())
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", write_half)
+        with pytest.raises(OSError, match="disk full"):
+            write_crystal(poscar, SALT)
+    assert sorted(table.parent.iterdir()) == [table, poscar]
+    assert read_one(table).id == "salt"
+    assert_same(read_one(poscar), SALT, 1e-12)
 
 
 # Names
@@ -189,6 +202,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         ("CONTCAR_3.relaxed", "poscar", "CONTCAR_3.relaxed"),
         ("POSCAR.xyz", "extxyz", "POSCAR"),
         ("a.POSCAR", "poscar", "a"),
+        ("2.contcar", "poscar", "2"),
         ("a.vasp.gz", "poscar", "a"),
         ("traj.extxyz.gz", "extxyz", "traj"),
         ("perov.parquet", "parquet", "perov"),
@@ -497,6 +511,7 @@ def test_a_comment_need_not_be_utf8(tmp_path: Path) -> None:
         ("material_id=second id=first", "first"),
         ("id=T", "T"),
         ("oid=none", "x"),
+        ("1id=none", "x"),
         ("other-id=none", "x"),
         ('id=""', "x"),
         ('note="id=none"', "x"),
@@ -517,8 +532,10 @@ BAD_FRAMES = {
     "count alone": ("3", "truncated, 0 of 3 atoms"),
     "one atom short": (frame(count="4"), "truncated, 3 of 4 atoms"),
     "bomb": (frame(count="999999999999999"), "at most 1000 are taken"),
+    "count of many digits": (frame(count="9" * 5000), "a number of atoms is needed where the file has '9999"),
     "negative count": (frame(count="-3"), "a number of atoms is needed where the file has '-3'"),
     "no atoms": (frame(rows=()), "no atoms"),
+    "no atoms, columns": (frame(f"{LATTICE} {PROPERTIES}", rows=()), "no atoms"),
     "molecule": (frame("water"), "no Lattice"),
     "pbc without a lattice": (frame('pbc="T T T"'), "no Lattice"),
     "slab": (frame(f'{LATTICE} pbc="T T F"'), 'pbc="T T F"; only what is periodic in all three directions'),
@@ -562,6 +579,13 @@ def test_frame_refused_with_the_reason(tmp_path: Path, case: str) -> None:
     assert message.startswith("x: ")
     assert reason in message
     assert "\n" not in message and len(message) < 400
+
+
+@pytest.mark.parametrize("comment", ["a={", 'a="', "a= ", "a=", "a", "a ", 'a="\\', "'"])
+@pytest.mark.timeout(20)
+def test_time_is_linear_in_hostile_comments(tmp_path: Path, comment: str) -> None:
+    _, message = refused(tmp_path / "x.xyz", frame(comment * 300_000).encode())
+    assert "no Lattice" in message
 
 
 WITH_BORDERS = ["one atom short", "count alone", "molecule", "deuterium", "short row", "no atoms", "overlap"]
@@ -687,11 +711,14 @@ def test_too_many_atoms_are_refused_with_the_limit(tmp_path: Path, name: str) ->
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.timeout(20)
 def test_unreadable_files_are_refused(tmp_path: Path, name: str) -> None:
-    """Missing, a folder, binary, and for packed files not packed, cut, or damaged."""
-    (tmp_path / "folder").mkdir()
+    """Missing, a folder, a pipe that nobody writes, binary, and for packed files not packed, cut, or damaged."""
+    for folder in ("folder", "pipe"):
+        (tmp_path / folder).mkdir()
     (tmp_path / "folder" / name).mkdir()
-    for path in (tmp_path / name, tmp_path / "folder" / name):
+    os.mkfifo(tmp_path / "pipe" / name)
+    for path in (tmp_path / name, tmp_path / "folder" / name, tmp_path / "pipe" / name):
         (item,) = read_crystals(path)
         assert isinstance(item, tuple)
         assert name in str(item[1])
@@ -742,7 +769,7 @@ def test_gzip_bombs_are_not_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_large_file_of_small_frames_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cap is one for a crystal, not for a file of many."""
     monkeypatch.setattr(inputs, "MAX_FILE_BYTES", 200)
-    (tmp_path / "x.xyz").write_text(frame() * 20)
+    (tmp_path / "x.xyz").write_text((frame() + "words between frames\n") * 20)
     assert sum(isinstance(item, Crystal) for item in read_crystals(tmp_path / "x.xyz")) == 20
 
 

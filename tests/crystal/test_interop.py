@@ -189,6 +189,7 @@ HOSTILE = {
     "nan coordinate": (cif("Cs Cs1 nan 0 0"), "finite"),
     "infinite coordinate": (cif("Cs Cs1 0 -inf 0"), "finite"),
     "huge coordinate": (cif("Cs Cs1 0 1e12 0"), "at most 1000"),
+    "huge coordinate, many images": (cif("Cs Cs1 0 1e12 0", before="_space_group_IT_number 225"), "at most 1000"),
     "Cartesian": (cif("Cs Cs1 0 0 0").replace("fract", "Cartn"), "no atoms"),
     "missing column": (cif("Cs Cs1 0 0", columns=TYPED.removesuffix(" _atom_site_fract_z")), "_fract_z"),
     "ragged loop": (cif(*CSCL, "O O1 0.5"), "values for"),

@@ -130,11 +130,11 @@ CRYSTALS = [
 ]
 
 
-@pytest.mark.parametrize("sigma", [0.3, 0.5, 1.0])
+@pytest.mark.parametrize(("sigma", "radius"), [(0.3, 2.4), (0.5, 0.8), (1.0, 0.5)])
 @pytest.mark.parametrize("frame", ["cell", "window", "unit"])
-def test_equals_the_formula(frame: str, sigma: float) -> None:
+def test_equals_the_formula(frame: str, sigma: float, radius: float) -> None:
     for channels in CHANNELS:
-        spec = spec_of(frame, sigma_A=sigma, channels=channels)
+        spec = spec_of(frame, sigma_A=sigma, radius_A=radius, channels=channels)
         batch = randomise(CrystalTensors.of(CRYSTALS), spec, range(len(CRYSTALS)))
         density, species = voxelize_batch(batch, spec)
         assert (species.shape, species.dtype) == ((len(CRYSTALS), 12, 12, 12), torch.uint8)
@@ -262,6 +262,15 @@ def test_a_seed_places_a_crystal_alike_in_any_batch(frame: str) -> None:
         assert frame == "cell" or abs(other.lattice_B33 - alone.lattice_B33).max() > 0.01
 
 
+def test_units_are_centred_again_at_every_placement() -> None:
+    spec = spec_of("unit")
+    batch = CrystalTensors.of(CRYSTALS)
+    for seeds in (range(6), range(6, 12)):
+        batch = randomise(batch, spec, seeds)
+        for row in range(6):
+            np.testing.assert_allclose(member(batch, row).cart_N3.mean(0), spec.box_A / 2, atol=1e-12)
+
+
 def test_rotations_and_origins_are_uniform() -> None:
     count = 4000
     batch = CrystalTensors.of([Crystal("cube", np.eye(3), np.zeros((1, 3)), np.ones(1))] * count)
@@ -328,17 +337,17 @@ def test_products_are_full_float32_whatever_is_allowed(setting: str, monkeypatch
     original = torch.mm
 
     def spy(*values: Any, **options: Any) -> Any:
-        # The first raises, as CUDA would, where torch's two records of the setting differ.
+        # Where torch's two records of the setting differ, these raise, as would a product on CUDA.
         seen.add((torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32))
-        seen.add((torch.backends.mkldnn.matmul.fp32_precision in ("ieee", "none"),))
+        seen.add((torch.backends.mkldnn.matmul.fp32_precision in ("ieee", "none"), torch.is_autocast_enabled("cpu")))
         return original(*values, **options)
 
     monkeypatch.setattr(torch, "mm", spy)
-    with precision(setting) as read:
+    with precision(setting) as read, torch.autocast("cpu", dtype=torch.bfloat16):
         before = read()
         grids_of("cell")
         assert read() == before
-    assert seen == {("highest", False), (True,)}
+    assert seen == {("highest", False), (True, False)}
 
 
 def test_precision_is_put_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
