@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_train.config import GridSpec
-from dist_train.crystal.decode import Decoded, decode_ideal
+from dist_train.crystal.decode import Decoded, decode_all_ideal
 from dist_train.crystal.metrics import PairMetrics, compare_all, summarise
 from dist_train.crystal.structure import Crystal
 from dist_train.generate import reconstruct
@@ -62,8 +62,8 @@ def evaluate(
     reconstructed = tuple(reconstruct(codec, crystals))
     progress("reconstruct", len(crystals))
     ideal = []
-    for crystal in crystals:
-        ideal.append(decode_ideal(crystal, spec))
+    for decoded in decode_all_ideal(crystals, spec, workers):
+        ideal.append(decoded)
         progress("ceiling", 1)
     predictions: dict[str, list[Crystal | None]] = {
         "model": [decoded.crystal for decoded in reconstructed],

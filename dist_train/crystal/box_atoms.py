@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 from scipy.ndimage import laplace
 
 from dist_train.config import GridSpec
-from dist_train.crystal.decode import LIKE_DISTANCE_A, MAX_ATOMS_PER_A3, MIN_SCORE, UNLIKE_DISTANCE_A
+from dist_train.crystal.decode import MAX_ATOMS_PER_A3, MIN_SCORE
 from dist_train.crystal.frames import spacing_A
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
+LIKE_DISTANCE_A, UNLIKE_DISTANCE_A = 0.8, 0.6
+"""Votes of the same element / of different elements nearer to an atom than this are for no other."""
 CENTRE_ERROR_A = 0.1
 """Standard deviation of an atom's place as its labels give it: 0.05 on clean ones, 0.1 where a tenth are wrong."""
 CUT_ERROR_A = 0.3

@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 
 from dist_train.config import GridSpec
 from dist_train.crystal.box_atoms import (
-    BoxAtoms, correlation_volume, density_shape, find_atoms, fit_atoms, model_density, no_atoms, normal_blocks, profiles,
+    BoxAtoms,
+    correlation_volume,
+    density_shape,
+    find_atoms,
+    fit_atoms,
+    model_density,
+    no_atoms,
+    normal_blocks,
+    profiles,
     project_slopes,
 )  # fmt: skip
 from dist_train.crystal.decode import Decoded
@@ -27,12 +35,15 @@ from dist_train.crystal.structure import Crystal, wrap
 
 FloatArray = NDArray[np.float64]
 
-REACH_SIGMAS = 3.0
-"""Atoms farther outside a window leave 0.001 of the mean density at its faces, together."""
+REACH_SIGMAS = 3.5
+"""Atoms farther outside a window leave 0.0002 of the mean density at its faces, together."""
 SITE_ERROR_A, LATTICE_ERROR_A = 0.1, 0.05
 """Standard deviations of sites and of lattice vectors before the density is asked."""
 SMALL_RESIDUAL = 0.01
 """Share of the density's root mean square below which the lattice leaves nothing to explain."""
+CLEAR_RESIDUAL, UNUSUAL, PARTS = 0.06, 3.0, 4
+"""Where a cell explains all but this share of the density in most parts of the cube (cut in PARTS along each axis), a
+part with more, and so many times the usual, speaks against it: in noise it would not."""
 SMALL_DEVIATION_A = 0.05
 """Root mean square deviation of atoms from their lattice that is left to it, whatever the noise."""
 SIGNIFICANT = 3.0
@@ -93,7 +104,9 @@ def _nothing(atoms: BoxAtoms, reason: str = "") -> DecodedBox:
 def refine(cell: Repeats, density: FloatArray, heights_Z: FloatArray, spec: GridSpec) -> Repeats | str:
     """The cell fitted to the density, or a larger one that single atoms ask for, or why neither is possible."""
     cell, residual = fit_cell(cell, density, heights_Z, spec)
-    if residual < SMALL_RESIDUAL:
+    if fault := _unexplained(residual, density):
+        return fault
+    if residual.std() < SMALL_RESIDUAL * density.std():
         return cell
     places, fitted, site, error = _free_atoms(cell, density, heights_Z, spec)
     square, limit = ((fitted - places) ** 2).sum(1), SMALL_DEVIATION_A**2 + (SIGNIFICANT * error) ** 2
@@ -103,13 +116,24 @@ def refine(cell: Repeats, density: FloatArray, heights_Z: FloatArray, spec: Grid
     larger = find_repeats(fitted, cell.numbers_N[site], cell.votes_N[site], spec.box_A, tolerance)
     if isinstance(larger, str):
         return f"atoms lie {np.sqrt(square.mean()):.2f} A off the best one, and {larger}"
-    return fit_cell(larger, density, heights_Z, spec)[0]
+    larger, residual = fit_cell(larger, density, heights_Z, spec)
+    return _unexplained(residual, density) or larger
 
 
-def fit_cell(cell: Repeats, density: FloatArray, heights_Z: FloatArray, spec: GridSpec) -> tuple[Repeats, float]:
-    """The cell with lattice and sites by Gauss-Newton on the density, and the root mean square of what is left of it.
+def _unexplained(residual: FloatArray, density: FloatArray) -> str:
+    """Whether a part of the cube holds density that a cell doesn't explain, where it explains the rest of it, or ''."""
+    parts = np.array_split(np.arange(len(residual)), PARTS)
+    squares = [(residual[np.ix_(x, y, z)] ** 2).mean() for x in parts for y in parts for z in parts]
+    worst, usual = np.sqrt([max(squares), np.median(squares)]) / np.sqrt((density**2).mean())
+    if usual < CLEAR_RESIDUAL and worst > max(CLEAR_RESIDUAL, UNUSUAL * usual):
+        return f"the best one leaves density unexplained: {worst:.2f} of its root mean square in a part of the cube"
+    return ""
 
-    All images count that reach into the cube. The residual is a share of the density's own root mean square.
+
+def fit_cell(cell: Repeats, density: FloatArray, heights_Z: FloatArray, spec: GridSpec) -> tuple[Repeats, FloatArray]:
+    """The cell with lattice and sites by Gauss-Newton on the density, and the density that is left.
+
+    All images count that reach into the cube.
     """
     images, site = _images(cell, spec)
     heights = heights_Z[cell.numbers_N[site]]
@@ -118,7 +142,7 @@ def fit_cell(cell: Repeats, density: FloatArray, heights_Z: FloatArray, spec: Gr
     start = np.concatenate([cell.cart_N3, cell.lattice_A])
     copies = max(spec.box_A**3 / abs(np.linalg.det(cell.lattice_A)), 1.0)
     error = np.repeat([SITE_ERROR_A / np.sqrt(copies)] * len(cell.cart_N3) + [LATTICE_ERROR_A / np.sqrt(copies)] * 3, 3)
-    now, sigma, best, left = start.copy(), spec.sigma_A, start, np.inf
+    now, sigma, best, least, left = start.copy(), spec.sigma_A, start, np.inf, density
     normal = np.zeros((start.size, start.size))
     for iteration in range(_ITERATIONS):
         gauss, slope = profiles(design @ now, len(density), spacing_A(spec), sigma)
@@ -126,10 +150,10 @@ def fit_cell(cell: Repeats, density: FloatArray, heights_Z: FloatArray, spec: Gr
         scale, width = density_shape(model, density, sigma, spec)
         residual = density - scale * model
         square = float((residual**2).mean())
-        if square > left:  # too far: nearly even densities fit many places
+        if square > least:  # too far: nearly even densities fit many places
             now = (now + best) / 2
             continue
-        best, left, sigma = now, square, width
+        best, least, left, sigma = now, square, residual, width
         hold = max(square, 1e-10) * correlation_volume(residual) / error**2
         if iteration < 2:  # it changes little from then on
             blocks = design.T @ normal_blocks(gauss, slope, heights) @ design
@@ -139,8 +163,7 @@ def fit_cell(cell: Repeats, density: FloatArray, heights_Z: FloatArray, spec: Gr
         now = now + step.reshape(now.shape)
         if np.abs(step).max() < 5e-4:
             break
-    share = float(np.sqrt(left / max((density**2).mean(), 1e-30)))
-    return replace(cell, cart_N3=best[:-3], lattice_A=best[-3:]), share
+    return replace(cell, cart_N3=best[:-3], lattice_A=best[-3:]), left
 
 
 def _images(cell: Repeats, spec: GridSpec) -> tuple[FloatArray, NDArray[np.int64]]:

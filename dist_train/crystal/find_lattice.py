@@ -35,8 +35,11 @@ REFERENCES = 30
 """Atoms of the rarest elements from which differences are taken; a translation must take these to like ones too."""
 MIN_VOTES_SHARE = 0.6
 """Atoms with a smaller share of the median votes are not believed: chance labels reach 0.45, true atoms 0.9."""
-EXPLAINED_RANGE = 0.9, 0.97
-"""Least share of the atoms that a lattice must explain, and of its own that must be there: the median vote within these."""
+UNCLEAR_SHARE, EXPLAINED_RANGE = 0.4, (0.9, 0.985)
+"""A lattice may leave unexplained this share of the votes that the median atom lacks, and must explain a share of the
+atoms, and find a share of its own, within the range: clear labels leave nothing to chance."""
+SITE_MISSES = 3.5
+"""Share of the copies that a single site may lack, in units of what all together may."""
 FINER_SHARES = 1.0, 0.85
 """Shares of a cell's sites that a translation within it must take to like ones for a smaller cell to be tried."""
 DROP_SUPPORT = 0.35
@@ -285,12 +288,14 @@ def _supported(cell: Repeats, points: Points) -> Repeats | str:
         return "no site repeats"
     close = (np.linalg.norm(images[:, None] - inner.cart_N3, axis=-1) < tolerance) & (numbers == inner.numbers_N)
     explained = min(close[kept[owner]].any(0).mean(), found[due & kept[owner]].mean())
-    least = float(np.clip(np.median(points.votes_N), *EXPLAINED_RANGE))
+    least = float(np.clip(1.0 - UNCLEAR_SHARE * (1.0 - np.median(points.votes_N)), *EXPLAINED_RANGE))
     if explained < least:
         return f"the best lattice explains {explained:.2f} of the atoms in the cube, below {least:.2f}"
-    if support[kept].min() < 1.0 - 2.5 * (1.0 - least):
+    if support[kept].min() < 1.0 - SITE_MISSES * (1.0 - least):
         return f"a site of the best lattice shows {support[kept].min():.2f} of its copies"
-    return Repeats(cell.lattice_A, cell.cart_N3[kept], cell.numbers_N[kept], support[kept], cell.votes_N[kept], float(explained))
+    return Repeats(
+        cell.lattice_A, cell.cart_N3[kept], cell.numbers_N[kept], support[kept], cell.votes_N[kept], float(explained)
+    )
 
 
 def box_images(lattice: FloatArray, sites_K3: FloatArray, low: float, high: float) -> tuple[FloatArray, IntArray]:

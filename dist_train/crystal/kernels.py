@@ -7,8 +7,11 @@ All Gaussians have unit height, exp(-d^2 / 2 sigma^2), and are multiplied by an 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import njit
+from numpy.typing import NDArray
 
 CUTOFF_SIGMAS = 5.4
 """Where a stamped Gaussian ends; 2e-6 of a dense crystal's density lies beyond it."""
@@ -46,88 +49,105 @@ def images_near_box(frac_N3, lattice, inverse, box, margin):  # type: ignore[no-
     return atoms[:found], positions[:found]
 
 
+class Geometry(NamedTuple):
+    """Of a grid: voxel basis [3, 3], its lengths [3], distances [3] between planes of voxels, largest cosine of an angle."""
+
+    basis: NDArray[np.float64]
+    steps: NDArray[np.float64]
+    spacings: NDArray[np.float64]
+    cosine: float
+
+
 @njit(cache=True, nogil=True)
 def geometry(lattice, shape):  # type: ignore[no-untyped-def]
-    """Voxel basis [3, 3], its lengths [3], distances [3] between planes of voxels, and the largest cosine of an angle."""
+    """The `Geometry` of a grid of `shape` voxels [3] in a cell."""
     basis = lattice / shape.reshape(3, 1)
     steps = np.sqrt((basis * basis).sum(1))
     inverse = np.linalg.inv(basis)
     spacings = 1.0 / np.sqrt((inverse * inverse).sum(0))
     gram = np.abs(basis @ basis.T)
     cosine = max(gram[0, 1] / steps[0] / steps[1], gram[0, 2] / steps[0] / steps[2], gram[1, 2] / steps[1] / steps[2])
-    return basis, steps, spacings, cosine
+    return Geometry(basis, steps, spacings, cosine)
 
 
 @njit(cache=True, nogil=True)
 def axis_tables(centres_N3, axis, size, step, sigma, periodic):  # type: ignore[no-untyped-def]
     """[N, size] one-dimensional Gaussians along an axis of voxels `step` angstrom apart, images summed if periodic."""
-    tables = np.zeros((len(centres_N3), size), np.float32)
-    alpha = 0.5 * (step / sigma) ** 2
-    steps = int(REACH_SIGMAS * sigma / step) + 1
-    second = np.exp(-2.0 * alpha)
+    tables = np.empty((len(centres_N3), size), np.float32)
     for n in range(len(centres_N3)):
-        middle = int(np.round(centres_N3[n, axis]))
-        d = centres_N3[n, axis] - middle
-        # The exponent is quadratic: going out both ways, each value is the last times a factor in geometric steps.
-        up = down = np.exp(-alpha * d * d)
-        up_factor = np.exp(alpha * (2.0 * d - 1.0))
-        down_factor = second / up_factor
-        if periodic:
-            above = below = middle % size
-            tables[n, above] += up
-            for _ in range(steps):
-                up, down = up * up_factor, down * down_factor
-                up_factor, down_factor = up_factor * second, down_factor * second
-                above = above + 1 if above + 1 < size else 0
-                below = below - 1 if below > 0 else size - 1
-                tables[n, above] += up
-                tables[n, below] += down
-        else:
-            if 0 <= middle < size:
-                tables[n, middle] = up
-            for k in range(1, steps + 1):
-                up, down = up * up_factor, down * down_factor
-                up_factor, down_factor = up_factor * second, down_factor * second
-                if 0 <= middle + k < size:
-                    tables[n, middle + k] = up
-                if 0 <= middle - k < size:
-                    tables[n, middle - k] = down
+        _fill_axis(centres_N3[n, axis], step, sigma, periodic, tables[n])
     return tables
 
 
 @njit(cache=True, nogil=True)
-def add_products(x_ND, y_NH, z_NW, codes_NC, density_CDHW):  # type: ignore[no-untyped-def]
-    """density += sum over atoms of code * x * y * z, rows of less than FAINT left out."""
+def _fill_axis(centre, step, sigma, periodic, table):  # type: ignore[no-untyped-def]
+    size = len(table)
+    table[:] = 0
+    alpha = 0.5 * (step / sigma) ** 2
+    steps = int(REACH_SIGMAS * sigma / step) + 1
+    middle = int(np.round(centre))
+    d = centre - middle
+    # The exponent is quadratic: going out both ways, each value is the last times a factor in geometric steps.
+    second = np.exp(-2.0 * alpha)
+    up = down = np.exp(-alpha * d * d)
+    up_factor = np.exp(alpha * (2.0 * d - 1.0))
+    down_factor = second / up_factor
+    above = below = middle % size if periodic else middle
+    if 0 <= middle < size or periodic:
+        table[above] += up
+    for _ in range(steps):
+        up, down = up * up_factor, down * down_factor
+        up_factor, down_factor = up_factor * second, down_factor * second
+        above, below = above + 1, below - 1
+        if periodic:
+            above, below = above if above < size else 0, below if below >= 0 else size - 1
+        if 0 <= above < size:
+            table[above] += up
+        if 0 <= below < size:
+            table[below] += down
+
+
+@njit(cache=True, nogil=True)
+def add_products(centres_N3, codes_NC, steps, sigma, periodic, density_CDHW):  # type: ignore[no-untyped-def]
+    """Overwrite the density on right-angled axes: each Gaussian a product of three tables, rows below FAINT left out.
+
+    steps: [3] distances in angstrom between voxels along the axes.
+    """
     n_channel, n0, n1, n2 = density_CDHW.shape
-    reached = np.empty(n1, np.uintp)
-    for n in range(len(x_ND)):
+    density_CDHW[:] = 0
+    x, y, z = np.empty(n0, np.float32), np.empty(n1, np.float32), np.empty(n2, np.float32)
+    place, reached = np.empty(n1, np.uintp), np.empty(n1, np.float32)
+    for n in range(len(centres_N3)):
+        _fill_axis(centres_N3[n, 0], steps[0], sigma, periodic, x)
+        _fill_axis(centres_N3[n, 1], steps[1], sigma, periodic, y)
+        _fill_axis(centres_N3[n, 2], steps[2], sigma, periodic, z)
         many = 0
         for j in range(n1):
-            if y_NH[n, j] >= FAINT:
-                reached[many] = j
+            if y[j] >= FAINT:
+                place[many], reached[many] = j, y[j]
                 many += 1
         for channel in range(n_channel):
             if codes_NC[n, channel] == 0:
                 continue
             for i in range(n0):
-                if x_ND[n, i] < FAINT:
+                if x[i] < FAINT:
                     continue
                 for index in range(many):
-                    j = reached[index]
-                    height = x_ND[n, i] * y_NH[n, j]
+                    j, height = place[index], x[i] * reached[index]
                     if height >= FAINT:
                         height *= codes_NC[n, channel]
                         for k in range(n2):
-                            density_CDHW[channel, i, j, k] += height * z_NW[n, k]
+                            density_CDHW[channel, i, j, k] += height * z[k]
 
 
 @njit(cache=True, nogil=True)
 def stamp(centres_N3, codes_NC, basis, sigma, density_CDHW):  # type: ignore[no-untyped-def]
-    """density += sum over atoms of code * Gaussian with its images, on a periodic grid of angles from 50 to 130 degrees.
+    """Overwrite the density of a periodic grid of angles from 50 to 130 degrees.
 
     In voxels from the atom the exponent is a quadratic form. Its cross terms couple two axes each, so the Gaussian is a
     product of three two-dimensional tables: a voxel costs two products, as in a right-angled grid.
     """
+    density_CDHW[:] = 0
     form = -0.5 / (sigma * sigma) * (basis @ basis.T)
     reach = np.sqrt(-0.5 * CUTOFF_SIGMAS**2 * np.diag(np.linalg.inv(form)))
     widest = int(2.0 * reach.max()) + 2
@@ -233,13 +253,13 @@ def mark_species(centres_N3, numbers_N, basis, spacings, radius, periodic, speci
 
 
 @njit(cache=True, nogil=True)
-def overlaps(centres_N3, basis, spacings, sigma, reach, field_DHW):  # type: ignore[no-untyped-def]
+def residual_slopes(centres_N3, basis, spacings, sigma, reach, field_DHW):  # type: ignore[no-untyped-def]
     """Of a unit Gaussian at each centre with a field on a periodic grid, over the voxels within `reach` angstrom.
 
-    Sum of field * Gaussian [N], of field * its gradient by the centre [N, 3] in 1 / angstrom, mean square of the field [N].
+    Sum of field * gradient of the Gaussian by its centre [N, 3] in 1 / angstrom, and mean square of the field [N].
     """
     n0, n1, n2 = field_DHW.shape
-    sums, slopes, squares = np.zeros(len(centres_N3)), np.zeros((len(centres_N3), 3)), np.zeros(len(centres_N3))
+    slopes, squares = np.zeros((len(centres_N3), 3)), np.zeros(len(centres_N3))
     r0, r1, r2 = reach / spacings[0], reach / spacings[1], reach / spacings[2]
     for n in range(len(centres_N3)):
         u, v, w = centres_N3[n, 0], centres_N3[n, 1], centres_N3[n, 2]
@@ -256,11 +276,10 @@ def overlaps(centres_N3, basis, spacings, sigma, reach, field_DHW):  # type: ign
                     if d2 <= reach * reach:
                         value = field_DHW[a, b, c]
                         weight = value * np.exp(-0.5 * d2 / (sigma * sigma))
-                        sums[n] += weight
                         gx, gy, gz = gx + weight * x, gy + weight * y, gz + weight * z
                         squares[n] += value * value
                         count += 1
                     c = c + 1 if c + 1 < n2 else 0
         slopes[n, 0], slopes[n, 1], slopes[n, 2] = gx / sigma**2, gy / sigma**2, gz / sigma**2
         squares[n] /= max(count, 1)
-    return sums, slopes, squares
+    return slopes, squares

@@ -7,15 +7,14 @@ Definitions follow the evaluation of CDVAE (Xie et al., ICLR 2022) and the per-a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from dist_train.crystal.interop import match_rms
 from dist_train.crystal.lattice import FloatArray, compact_lattice, periodic_distances, too_thin
+from dist_train.crystal.parallel import parallel_map
 from dist_train.crystal.structure import Crystal
 from dist_train.crystal.validity import composition_valid, smact_installed
 from dist_train.errors import CrystalError
@@ -107,25 +106,16 @@ def compare(true: Crystal, predicted: Crystal | None) -> PairMetrics:
 def compare_all(pairs: Iterable[Pair], workers: int, progress: Callable[[int], None] | None = None) -> list[PairMetrics]:
     """`compare` of every (true, predicted) pair, in order, over processes; `progress` gets the number done so far.
 
-    At most one worker means this process. Processes are spawned, since a fork of one with running threads may hang.
+    At most one worker means this process.
     """
     pairs = list(pairs)
-    size = max(1, min(MAX_CHUNK, len(pairs) // (4 * max(workers, 1))))
-    chunks = [pairs[start : start + size] for start in range(0, len(pairs), size)]
-    report = progress or (lambda done: None)
-    results: list[list[PairMetrics]] = [[] for _ in chunks]
-    done = 0
-    if workers <= 1:
-        for index, chunk in enumerate(chunks):
-            results[index] = _compare_chunk(chunk)
-            report(done := done + len(chunk))
-        return [result for chunk_results in results for result in chunk_results]
-    with ProcessPoolExecutor(min(workers, max(len(chunks), 1)), mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(_compare_chunk, chunk): index for index, chunk in enumerate(chunks)}
-        for future in as_completed(futures):
-            results[futures[future]] = future.result()
-            report(done := done + len(results[futures[future]]))
-    return [result for chunk_results in results for result in chunk_results]
+    chunk = max(1, min(MAX_CHUNK, len(pairs) // (4 * max(workers, 1))))
+    results = []
+    for result in parallel_map(_compare_pair, pairs, workers, chunk):
+        results.append(result)
+        if progress:
+            progress(len(results))
+    return results
 
 
 def compare_with_themselves(
@@ -176,8 +166,8 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return float(np.mean(present)) if present else None
 
 
-def _compare_chunk(pairs: Sequence[Pair]) -> list[PairMetrics]:
-    return [compare(true, predicted) for true, predicted in pairs]
+def _compare_pair(pair: Pair) -> PairMetrics:
+    return compare(*pair)
 
 
 def _match_rms(predicted: Crystal, true: Crystal) -> float | None:

@@ -1,7 +1,7 @@
-"""Atoms fitted to a periodic density of equal Gaussians: Gauss-Newton on all positions together.
+"""Atoms fitted to a periodic density of Gaussians: Gauss-Newton on all positions together.
 
 The residual is exact, so the fit is too; the normal equations are those of a fine grid, where the overlap of the gradients
-of two Gaussians depends only on the vector between them. One height and one width for all atoms are fitted with the
+of two Gaussians depends only on the vector between them. One factor of all heights and one width are fitted with the
 positions, so that a blurred or faint density isn't taken for noise.
 """
 
@@ -35,27 +35,34 @@ _ITERATIONS, _SWEEPS, _ROUNDS = 15, 10, 2
 
 @dataclass(frozen=True)
 class Fit:
-    """cart_N3: fitted positions in angstrom; residual_DHW: what they leave of the density, in heights of an atom."""
+    """cart_N3: fitted positions in angstrom; residual_DHW: what they leave of the density, scaled to the given heights."""
 
     cart_N3: FloatArray
     residual_DHW: NDArray[np.float32]
 
 
 def refine(
-    cart_N3: FloatArray, errors_N: FloatArray, density_DHW: NDArray[np.float32], lattice_A: FloatArray, sigma_A: float
+    cart_N3: FloatArray,
+    errors_N: FloatArray,
+    density_DHW: NDArray[np.float32],
+    lattice_A: FloatArray,
+    sigma_A: float,
+    heights_N: NDArray[np.float32],
 ) -> Fit:
-    """Fit equal Gaussians, each with its images, to a density; where that is noisy the atoms stay near their start.
+    """Fit Gaussians, each with its images, to a density; where that is noisy the atoms stay near their start.
 
-    cart_N3: where the atoms start, in angstrom; errors_N: the standard error of that along each axis. A first fit takes the
-    noise of the density as white. From what it leaves the noise's spectrum is estimated, and every frequency is weighed by
-    it in a second one: networks err smoothly, and their high frequencies still tell where an atom is.
+    cart_N3: where the atoms start, in angstrom; errors_N: the standard error of that along each axis; heights_N: what the
+    Gaussians' heights should be. A first fit takes the noise of the density as white. From what it leaves the noise's
+    spectrum is estimated, and every frequency is weighed by it in a second one: networks err smoothly, and their high
+    frequencies still tell where an atom is.
     """
-    problem = _Problem(cart_N3, errors_N, density_DHW, lattice_A, sigma_A)
+    scale = heights_N.mean()
+    problem = _Problem(cart_N3, errors_N, density_DHW / scale, lattice_A, sigma_A, heights_N / scale)
     problem.fit_white()
     if problem.residual.std() > CLEAN * problem.height:
         for _ in range(_ROUNDS):
             problem.fit_weighed(NoiseSpectrum.of(problem.residual, lattice_A))
-    return Fit(problem.cart, problem.residual / np.float32(problem.height))
+    return Fit(problem.cart, problem.residual * np.float32(scale / problem.height))
 
 
 class _Problem:
@@ -63,12 +70,13 @@ class _Problem:
 
     def __init__(
         self, cart_N3: FloatArray, errors_N: FloatArray, density_DHW: NDArray[np.float32], lattice_A: FloatArray,
-        sigma_A: float,
+        sigma_A: float, weights_N: NDArray[np.float32],
     ) -> None:  # fmt: skip
+        self.weights = weights_N
         self.start, self.variance = cart_N3, errors_N**2
         self.density, self.lattice, self.sigma = density_DHW, lattice_A, sigma_A
         self.shape = np.array(density_DHW.shape)
-        self.basis, _, self.spacings, _ = kernels.geometry(lattice_A, self.shape)
+        self.geometry = kernels.geometry(lattice_A, self.shape)
         self.inverse = np.linalg.inv(lattice_A)
         self.cart, self.height, self.width = cart_N3.copy(), 1.0, sigma_A
         self.field, self.wider = np.empty((2, 1, *density_DHW.shape), np.float32)
@@ -107,10 +115,11 @@ class _Problem:
     def _step(self, slope: FloatArray, coupling: tuple[FloatArray, FloatArray], noise: FloatArray) -> float:
         """Move the atoms; the longest step in angstrom."""
         across, along = (self.height**2 * part for part in coupling)
-        pull = slope * self.height / noise[:, None] - (self.cart - self.start) / self.variance[:, None]
+        pull = slope * self.height * (self.weights / noise)[:, None] - (self.cart - self.start) / self.variance[:, None]
         step = _solve(
-            self.cart, pull, self.variance, noise, across, along, self.distances[1], self.first, self.second, self.shift
-        )
+            self.cart, pull, self.variance, self.weights, noise, across, along, self.distances[1],
+            self.first, self.second, self.shift,
+        )  # fmt: skip
         self.cart += step
         return float(np.abs(step).max())
 
@@ -130,16 +139,18 @@ class _Problem:
         self.residual = self.density - np.float32(self.height) * self.field[0]
 
     def _fill(self, width: float, field: NDArray[np.float32]) -> None:
-        fill_density(self.cart @ self.inverse, np.ones((len(self.cart), 1), np.float32), self.lattice, width, field)
+        fill_density(self.cart @ self.inverse, self.weights[:, None], self.lattice, width, field, geometry=self.geometry)
 
     def _slopes(self, field: NDArray[np.float32], sigma_A: float) -> tuple[FloatArray, FloatArray]:
         centres = self.cart @ self.inverse * self.shape
-        _, slopes, squares = kernels.overlaps(centres, self.basis, self.spacings, sigma_A, FIT_SIGMAS * sigma_A, field)
-        return slopes, squares
+        found = kernels.residual_slopes(
+            centres, self.geometry.basis, self.geometry.spacings, sigma_A, FIT_SIGMAS * sigma_A, field
+        )
+        return found[0], found[1]
 
 
 @njit(cache=True, nogil=True)
-def _solve(cart, pull, variance, noise, across, along, spacing, first, second, shift):  # type: ignore[no-untyped-def]
+def _solve(cart, pull, variance, weight, noise, across, along, spacing, first, second, shift):  # type: ignore[no-untyped-def]
     """[N, 3] steps in angstrom: Gauss-Seidel on the normal equations of all positions, their priors included.
 
     across, along: couplings of two atoms at distances of 0, `spacing`, 2 `spacing`... angstrom; the neighbours of atom n are
@@ -160,8 +171,8 @@ def _solve(cart, pull, variance, noise, across, along, spacing, first, second, s
                 dot = (d * step[m]).sum() / max(length * length, 1e-12)
                 for axis in range(3):
                     part = d[axis] * dot
-                    right[axis] -= (a * (step[m, axis] - part) + b * part) / noise[n]
-            step[n] = right / (across[0] / noise[n] + 1.0 / variance[n])
+                    right[axis] -= weight[n] * weight[m] * (a * (step[m, axis] - part) + b * part) / noise[n]
+            step[n] = right / (weight[n] ** 2 * across[0] / noise[n] + 1.0 / variance[n])
             length = np.sqrt((step[n] ** 2).sum())
             if length > LARGEST_STEP_A:
                 step[n] *= LARGEST_STEP_A / length

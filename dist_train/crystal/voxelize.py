@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from math import pi, prod
 from typing import Literal
 
 import numpy as np
@@ -29,6 +30,7 @@ STAMPED_ANGLE = 0.6
 """Largest cosine of an angle that `kernels.stamp` takes; Niggli cells have at most 0.5."""
 
 Algorithm = Literal["product", "matrix product", "stamping", "reciprocal"]
+Shape = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class VoxelGrid:
     species_DHW: NDArray[np.uint8]
 
     @classmethod
-    def empty(cls, n_channels: int, shape: tuple[int, int, int]) -> VoxelGrid:
+    def empty(cls, n_channels: int, shape: Shape) -> VoxelGrid:
         """Memory for a grid. Use it again where many are made: fresh memory costs more than what is written to it."""
         return cls(np.empty((n_channels, *shape), np.float32), np.empty(shape, np.uint8))
 
@@ -79,59 +81,59 @@ def voxelize(
     if spec.frame != "cell":
         _fill_box(crystal, codes, spec, algorithm, grid)
         return grid
-    fill_density(crystal.frac_N3, codes, crystal.lattice_A, spec.sigma_A, grid.density_CDHW, algorithm)
-    shape, numbers = np.array(grid.species_DHW.shape), crystal.numbers_N.astype(np.uint8)
-    basis, _, spacings, _ = kernels.geometry(crystal.lattice_A, shape)
-    kernels.mark_species(crystal.frac_N3 * shape, numbers, basis, spacings, spec.radius_A, True, grid.species_DHW)
+    shape = np.array(grid.species_DHW.shape)
+    geometry = kernels.geometry(crystal.lattice_A, shape)
+    fill_density(crystal.frac_N3, codes, crystal.lattice_A, spec.sigma_A, grid.density_CDHW, algorithm, geometry)
+    kernels.mark_species(
+        crystal.frac_N3 * shape, crystal.numbers_N, geometry.basis, geometry.spacings, spec.radius_A, True, grid.species_DHW
+    )
     return grid
 
 
 def fill_density(
     frac_N3: FloatArray, codes_NC: NDArray[np.float32], lattice_A: FloatArray, sigma_A: float,
-    density_CDHW: NDArray[np.float32], algorithm: Algorithm | None = None,
+    density_CDHW: NDArray[np.float32], algorithm: Algorithm | None = None, geometry: kernels.Geometry | None = None,
 ) -> None:  # fmt: skip
     """Overwrite `density_CDHW` with the periodic sum of code * Gaussian over atoms and all their images in a cell."""
     shape = np.array(density_CDHW.shape[1:])
-    basis, steps, _, cosine = kernels.geometry(lattice_A, shape)
-    algorithm = algorithm or cell_algorithm(lattice_A, cosine, codes_NC, shape, sigma_A)
+    geometry = geometry or kernels.geometry(lattice_A, shape)
+    algorithm = algorithm or cell_algorithm(geometry, codes_NC, density_CDHW.shape[1:], sigma_A)
     if algorithm == "reciprocal":
         sum_modes(frac_N3, codes_NC, lattice_A, sigma_A, density_CDHW)
     elif algorithm == "stamping":
-        density_CDHW.fill(0)
-        kernels.stamp(frac_N3 * shape, codes_NC, basis, sigma_A, density_CDHW)
+        kernels.stamp(frac_N3 * shape, codes_NC, geometry.basis, sigma_A, density_CDHW)
+    elif algorithm == "product":
+        kernels.add_products(frac_N3 * shape, codes_NC, geometry.steps, sigma_A, True, density_CDHW)
     else:
-        _multiply(frac_N3 * shape, codes_NC, steps, sigma_A, True, algorithm, density_CDHW)
+        _multiply(frac_N3 * shape, codes_NC, geometry.steps, sigma_A, True, density_CDHW)
 
 
 def _fill_box(
     crystal: Crystal, codes_NC: NDArray[np.float32], spec: GridSpec, algorithm: Algorithm | None, grid: VoxelGrid
 ) -> None:
-    numbers, positions, step = crystal.numbers_N.astype(np.uint8), crystal.cart_N3, spacing_A(spec)
+    numbers, positions, step = crystal.numbers_N, crystal.cart_N3, spacing_A(spec)
     if spec.frame == "window":
         margin = max(kernels.REACH_SIGMAS * spec.sigma_A, spec.radius_A)
         inverse = np.linalg.inv(crystal.lattice_A)
         atoms, positions = kernels.images_near_box(crystal.frac_N3, crystal.lattice_A, inverse, spec.box_A, margin)
         codes_NC, numbers = codes_NC[atoms], numbers[atoms]
-    covered = np.pi * (kernels.REACH_SIGMAS * spec.sigma_A / spec.box_A) ** 2
-    algorithm = algorithm or product_algorithm(codes_NC, np.array(grid.species_DHW.shape), covered)
+    covered = pi * (kernels.REACH_SIGMAS * spec.sigma_A / spec.box_A) ** 2
+    algorithm = algorithm or product_algorithm(codes_NC, grid.species_DHW.shape, covered)
     steps = np.full(3, step)
-    _multiply(positions / step, codes_NC, steps, spec.sigma_A, False, algorithm, grid.density_CDHW)
+    fill = kernels.add_products if algorithm == "product" else _multiply
+    fill(positions / step, codes_NC, steps, spec.sigma_A, False, grid.density_CDHW)
     kernels.mark_species(positions / step, numbers, np.diag(steps), steps, spec.radius_A, False, grid.species_DHW)
 
 
 def _multiply(
     centres_N3: FloatArray, codes_NC: NDArray[np.float32], steps: FloatArray, sigma_A: float, periodic: bool,
-    algorithm: Algorithm, density_CDHW: NDArray[np.float32],
+    density_CDHW: NDArray[np.float32],
 ) -> None:  # fmt: skip
-    """Densities on right-angled axes: Gaussians, images included, are products of three one-dimensional tables."""
+    """`kernels.add_products` as one matrix product for each channel."""
     x, y, z = (
         kernels.axis_tables(centres_N3, axis, size, steps[axis], sigma_A, periodic)
         for axis, size in enumerate(density_CDHW.shape[1:])
     )
-    if algorithm == "product":
-        density_CDHW.fill(0)
-        kernels.add_products(x, y, z, codes_NC, density_CDHW)
-        return
     plane = (y[:, :, None] * z[:, None, :]).reshape(len(y), -1)
     for density, code in zip(density_CDHW, codes_NC.T):
         np.matmul((x * code[:, None]).T, plane, out=density.reshape(x.shape[1], -1))
@@ -140,30 +142,27 @@ def _multiply(
 # Which algorithm: costs in nanoseconds, as `dist-train bench voxelize` measures them on one core.
 
 
-def cell_algorithm(
-    lattice_A: FloatArray, cosine: float, codes_NC: NDArray[np.float32], shape: NDArray[np.int64], sigma_A: float
-) -> Algorithm:
-    """The fastest way to sum Gaussians on the grid of a cell; cosine: the largest of its angles.
+def cell_algorithm(geometry: kernels.Geometry, codes_NC: NDArray[np.float32], shape: Shape, sigma_A: float) -> Algorithm:
+    """The fastest way to sum Gaussians on the grid of a cell.
 
     Right-angled axes make every Gaussian a product, the cheapest by far. Stamping costs by the voxels under the Gaussians;
     the reciprocal sum by the modes of the series, so it wins where the voxels are much finer than the Gaussians.
     """
-    volume = abs(np.linalg.det(lattice_A))
-    if cosine < RIGHT_ANGLE:
-        edges = np.sqrt((lattice_A * lattice_A).sum(1))
-        return product_algorithm(codes_NC, shape, np.pi * (kernels.REACH_SIGMAS * sigma_A) ** 2 * edges[2] / volume)
-    n, m = shape.astype(float), mode_counts(lattice_A, sigma_A).astype(float)
-    ball = 4 / 3 * np.pi * (kernels.CUTOFF_SIGMAS * sigma_A) ** 3 / volume * n.prod()
+    if geometry.cosine < RIGHT_ANGLE:
+        face = geometry.steps[0] * shape[0] * geometry.steps[1] * shape[1]
+        return product_algorithm(codes_NC, shape, pi * (kernels.REACH_SIGMAS * sigma_A) ** 2 / face)
+    n, m = shape, mode_counts(geometry.basis * np.array(shape)[:, None], sigma_A).tolist()
+    ball = 4 / 3 * pi * (kernels.CUTOFF_SIGMAS * sigma_A) ** 3 / abs(np.linalg.det(geometry.basis))
     stamping = len(codes_NC) * 4000.0 + np.count_nonzero(codes_NC) * ball
-    terms = len(codes_NC) * m.prod() + n[0] * m.prod() + n[0] * n[1] * m[1] * m[2] + n.prod() * m[2]
-    reciprocal = 90_000.0 + codes_NC.shape[1] * terms / 2 * 0.2
-    return "stamping" if stamping < reciprocal and cosine < STAMPED_ANGLE else "reciprocal"
+    terms = (len(codes_NC) + n[0]) * m[0] * m[1] * m[2] + n[0] * n[1] * m[1] * m[2] + prod(n) * m[2]
+    reciprocal = 90_000.0 + codes_NC.shape[1] * terms * 0.1
+    return "stamping" if stamping < reciprocal and geometry.cosine < STAMPED_ANGLE else "reciprocal"
 
 
-def product_algorithm(codes_NC: NDArray[np.float32], shape: NDArray[np.int64], covered: float) -> Algorithm:
+def product_algorithm(codes_NC: NDArray[np.float32], shape: Shape, covered: float) -> Algorithm:
     """The faster way to sum products: row by row where they reach, or everywhere as a matrix product.
 
     covered: share of the rows along the last axis that a Gaussian reaches.
     """
     by_row = np.count_nonzero(codes_NC) * min(covered, 1.0) * shape[0] * shape[1] * (1.0 + 0.035 * shape[2])
-    return "product" if by_row < codes_NC.size * shape.prod() * 0.032 else "matrix product"
+    return "product" if by_row < codes_NC.size * prod(shape) * 0.032 else "matrix product"

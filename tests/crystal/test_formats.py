@@ -768,8 +768,8 @@ def test_gzip_bombs_are_not_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_large_file_of_small_frames_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cap is one for a crystal, not for a file of many."""
-    monkeypatch.setattr(inputs, "MAX_FILE_BYTES", 200)
-    (tmp_path / "x.xyz").write_text((frame() + "words between frames\n") * 20)
+    monkeypatch.setattr(inputs, "MAX_FILE_BYTES", 250)
+    (tmp_path / "x.xyz").write_text((frame() + "words between frames " * 7 + "\n") * 20)
     assert sum(isinstance(item, Crystal) for item in read_crystals(tmp_path / "x.xyz")) == 20
 
 

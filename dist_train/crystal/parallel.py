@@ -1,0 +1,41 @@
+"""An ordered map over processes, with a bounded number of items in memory."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import islice
+from multiprocessing import get_context
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+CHUNKS_IN_FLIGHT = 4
+"""Of each process: enough that none waits, few enough that the items in memory don't grow with their number."""
+
+
+def parallel_map(function: Callable[[T], R], items: Iterable[T], workers: int, chunk: int = 16) -> Iterator[R]:
+    """function(item) for every item, in order, over processes; at most one worker means this process.
+
+    Processes are spawned, since a fork of one with running threads may hang: `function` must be importable.
+    """
+    if workers <= 1:
+        yield from map(function, items)
+        return
+    waiting, flying = iter(items), deque[Future[list[R]]]()
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    try:
+        while batch := list(islice(waiting, chunk)):
+            flying.append(pool.submit(_each, function, batch))
+            if len(flying) > CHUNKS_IN_FLIGHT * workers:
+                yield from flying.popleft().result()
+        while flying:
+            yield from flying.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _each(function: Callable[[T], R], items: list[T]) -> list[R]:
+    return [function(item) for item in items]
