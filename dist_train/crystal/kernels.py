@@ -107,7 +107,7 @@ def _fill_axis(centre, step, sigma, periodic, table):  # type: ignore[no-untyped
             table[below] += down
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, fastmath={"contract"})
 def add_products(centres_N3, codes_NC, steps, sigma, periodic, density_CDHW):  # type: ignore[no-untyped-def]
     """Overwrite the density on right-angled axes: each Gaussian a product of three tables, rows below FAINT left out.
 
