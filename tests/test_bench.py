@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dist_train import bench
 from dist_train.bench import naive_grid, random_crystal
 from dist_train.cli import main
 from dist_train.config import GridSpec
 from dist_train.crystal.structure import Crystal
-from dist_train.crystal.voxelize import CUTOFF_SIGMAS, voxelize
+from dist_train.crystal.voxelize import voxelize
 
 KEYS = {"case", "value", "unit", "reference", "ratio", "target", "holds"}
 
@@ -23,17 +24,25 @@ def test_the_naive_reference_is_the_same_grid_away_from_the_faces() -> None:
     inside = Crystal(loose.id, loose.lattice_A, 0.25 + 0.5 * loose.frac_N3, loose.numbers_N)
     density, species = naive_grid(inside, spec)
     ours = voxelize(inside, spec)
-    # The reference has no cutoff: beyond ours, an atom still has exp(-5^2 / 2) of its height.
-    assert np.abs(ours.density_CDHW[0] - density).max() < len(inside) * np.exp(-0.5 * CUTOFF_SIGMAS**2)
+    # The reference has no images: those of atoms this far inside add nothing.
+    assert np.abs(ours.density_CDHW[0] - density).max() < 1e-6 * density.max() + len(inside) * np.exp(-0.5 * 5.0**2)
     assert np.array_equal(ours.species_DHW, species)
 
 
 @pytest.mark.timeout(120)
-def test_bench_prints_one_json_object(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", ["voxelize", "decode"])
+def test_bench_prints_one_json_object(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "ROUNDS", 1)
+    monkeypatch.setattr(bench, "CRYSTALS", 6)
+    monkeypatch.setattr(bench, "SPEEDUPS", {5: 1e9, 100: 1.0})
     sample = Path(__file__).parents[1] / "data" / "sample"
-    assert main(["bench", "decode", "--json", "--sample", str(sample)]) == 0
+    assert main(["bench", name, "--json", "--sample", str(sample)]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert all(row.keys() == KEYS for row in rows)
-    exact = [row for row in rows if row["unit"] == "share"]
-    assert exact
-    assert all(row["holds"] for row in exact)
+    assert all((row["target"] is None) == (row["holds"] is None) for row in rows)
+    for row in rows:
+        if row["unit"] == "us" and row["target"]:  # a missed target is shown as missed
+            assert row["holds"] == (row["ratio"] >= row["target"]) == (row["target"] == 1.0)
+    assert all(row["holds"] for row in rows if row["unit"] == "share")

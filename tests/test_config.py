@@ -83,7 +83,7 @@ def test_overrides_read_yaml_values() -> None:
         ("train.epoch=3", "train.epoch = 3: unknown key; did you mean 'epochs'?"),
         ("trian.epochs=3", "did you mean 'train'?"),
         ("train.loss.specie=1", "train.loss.specie = 1: unknown key; did you mean 'species'?"),
-        ("grid.qqqqqq=1", "grid.qqqqqq = 1: unknown key; known keys: frame, shape, max_spacing_A"),
+        ("grid.qqqqqq=1", "grid.qqqqqq = 1: unknown key; known keys: frame, shape, box_A"),
         ("train.epochs=many", "train.epochs = 'many': input should be a valid integer"),
         ("train.epochs=2.5", "train.epochs = 2.5: input should be a valid integer"),
         ("train.epochs=0", "train.epochs = 0: input should be greater than or equal to 1"),

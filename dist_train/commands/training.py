@@ -79,9 +79,10 @@ def check_training(config: RunConfig, ranks: int) -> Index:
         deepspeed_config(config, ranks)
     index = Index.read(config.data.shards)
     grid = config.grid.model_dump(mode="json")
-    differing = [key for key, value in grid.items() if index.config["grid"][key] != value]
+    there = index.config["grid"]
+    differing = [key for key, value in grid.items() if there.get(key) != value]
     if differing:
-        told = "; ".join(f"{key} is {index.config['grid'][key]} there, {grid[key]} here" for key in differing)
+        told = "; ".join(f"{key} is {there.get(key)} there, {grid[key]} here" for key in differing)
         raise ConfigError(f"the shards in {index.root} have another grid: {told}; voxelise anew or set grid.* to theirs")
     for split in ("train", "val"):
         index.split(split)

@@ -38,8 +38,8 @@ MIN_VOTES_SHARE = 0.6
 UNCLEAR_SHARE, EXPLAINED_RANGE = 0.4, (0.9, 0.985)
 """A lattice may leave unexplained this share of the votes that the median atom lacks, and must explain a share of the
 atoms, and find a share of its own, within the range: clear labels leave nothing to chance."""
-SITE_MISSES = 3.5
-"""Share of the copies that a single site may lack, in units of what all together may."""
+SITE_MISSES, MISSES = 3.5, 8.0
+"""Copies that a single site may lack, of all and on top of that, in units of the share that all together may."""
 FINER_SHARES = 1.0, 0.85
 """Shares of a cell's sites that a translation within it must take to like ones for a smaller cell to be tried."""
 DROP_SUPPORT = 0.35
@@ -291,8 +291,9 @@ def _supported(cell: Repeats, points: Points) -> Repeats | str:
     least = float(np.clip(1.0 - UNCLEAR_SHARE * (1.0 - np.median(points.votes_N)), *EXPLAINED_RANGE))
     if explained < least:
         return f"the best lattice explains {explained:.2f} of the atoms in the cube, below {least:.2f}"
-    if support[kept].min() < 1.0 - SITE_MISSES * (1.0 - least):
-        return f"a site of the best lattice shows {support[kept].min():.2f} of its copies"
+    lacking = kept & ((1.0 - support) * expected > (1.0 - least) * (SITE_MISSES * expected + MISSES))
+    if lacking.any():
+        return f"a site of the best lattice shows {support[lacking].min():.2f} of its copies"
     return Repeats(
         cell.lattice_A, cell.cart_N3[kept], cell.numbers_N[kept], support[kept], cell.votes_N[kept], float(explained)
     )

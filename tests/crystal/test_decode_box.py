@@ -88,7 +88,7 @@ def window_of(lattice_A: NDArray[np.float64], frac: list[list[float]], numbers: 
 # Windows of real crystals
 
 
-@pytest.mark.parametrize(("spec", "count", "limit_A"), [(WINDOW, 24, 0.001), (PAPER, 12, 0.02)], ids=["default", "paper"])
+@pytest.mark.parametrize(("spec", "count", "limit_A"), [(WINDOW, 24, 0.001), (PAPER, 12, 0.03)], ids=["default", "paper"])
 def test_windows_of_real_crystals_are_recovered(
     sample_table: SampleTable, spec: GridSpec, count: int, limit_A: float
 ) -> None:
