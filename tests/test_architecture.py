@@ -33,6 +33,7 @@ ENGINES = {
     "deepspeed": "backends/deepspeed_engine.py",
     "mlflow": "backends/mlflow_tracker.py",
     "pymatgen": "crystal/interop.py",
+    "smact": "crystal/validity.py",
     "ase": "crystal/interop.py",
 }
 

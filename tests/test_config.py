@@ -10,7 +10,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from dist_train.config import RunConfig, load_config
+from dist_train.config import GRID_PRESETS, GridSpec, RunConfig, load_config
 from dist_train.errors import ConfigError
 
 SHIPPED = sorted((Path(__file__).parents[1] / "launch" / "runs").glob("*.yaml"))
@@ -41,6 +41,9 @@ def test_run_files_are_shipped() -> None:
     [
         (),
         ("grid.shape=adaptive", "grid.channels=[occupancy, f_block]", "train.stop_after_step=7"),
+        ("grid.frame=window", "grid.random_rotation=true", "grid.random_origin=true", "grid.shape=32"),
+        ("grid.preset=paper-unit", "grid.shape=32", "grid.niggli=true"),
+        ("grid.channels=[table, occupancy]", "grid.element_table={O: [1, -0.25], 'No': [0.5, 1e-3]}"),
         ("data.splits={train: 0.5, holdout: 0.5}", "data.inputs=[a b.cif, 'c:d']", "data.ray_address=auto"),
         ("engine.deepspeed_json=x/y.json", "tracking.uri=sqlite:///a.db", "run_dir=runs/ü"),
         ("train.learning_rate=1e-3", "train.loss.kl=1e-300", "grid.max_spacing_A=0.1", "seed=4294967295"),
@@ -105,6 +108,66 @@ def test_overrides_read_yaml_values() -> None:
 )
 def test_refusals_name_the_key_the_value_and_the_remedy(override: str, message: str) -> None:
     assert message in refusal(override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("grid.frame=box",), "grid.frame = 'box': input should be 'cell', 'window' or 'unit'"),
+        (("grid.preset=big",), "grid: preset 'big' is unknown, known are default, paper-unit, paper-window"),
+        (("grid.preset=paper-unit",), "grid.shape 30 must be a multiple of 4"),
+        (("grid.preset=paper-window", "grid.shape=adaptive"), "shape 'adaptive' is for the frame 'cell'; give a window a"),
+        (("grid.frame=unit", "grid.shape=adaptive"), "shape 'adaptive' is for the frame 'cell'; give a unit a number"),
+        (("grid.random_rotation=true",), "random_rotation has no effect on the frame 'cell', whose axes turn with"),
+        (("grid.frame=unit", "grid.random_origin=true"), "random_origin has no effect on the frame 'unit'"),
+        (
+            ("grid.frame=window", "grid.shape=28"),
+            "box_A 9.3 on shape 28 gives a spacing of 0.3444 A, over max_spacing_A 0.3",
+        ),
+        (("grid.frame=unit", "grid.box_A=0"), "grid.box_A = 0: input should be greater than 0"),
+        (("grid.channels=[table]",), "grid: the channel 'table' and element_table go together: give both or neither"),
+        (("grid.element_table={O: [1]}",), "grid: the channel 'table' and element_table go together"),
+        (("grid.channels=[table]", "grid.element_table={O: [1], H: [1, 2]}"), "every element the same number of heights"),
+        (("grid.channels=[table]", "grid.element_table={O: [], H: [1]}"), "the same number of heights, at least one"),
+        (("grid.channels=[table]", "grid.element_table={O: []}"), "the same number of heights, at least one"),
+        (
+            ("grid.channels=[table]", "grid.element_table={O: 1}"),
+            "grid.element_table.0.1 = 1: input should be a valid tuple",
+        ),
+    ],
+)
+def test_grids_that_make_no_sense_are_refused(overrides: tuple[str, ...], message: str) -> None:
+    assert message in refusal(*overrides)
+
+
+def test_a_box_at_the_limit_of_the_spacing_is_taken() -> None:
+    assert GridSpec(frame="window", shape=32, box_A=9.3).shape == 32  # 31 steps of 0.3 A
+    assert GridSpec(shape=12).shape == 12  # the spacing of a cell depends on the crystal
+
+
+@pytest.mark.parametrize("name", GRID_PRESETS)
+def test_a_preset_is_where_a_grid_starts(tmp_path: Path, name: str) -> None:
+    (tmp_path / "run.yaml").write_text(f"grid: {{preset: {name}, shape: 32, sigma_A: 0.7}}")
+    grid, preset = load_config(tmp_path / "run.yaml").grid, GridSpec.model_validate({"preset": name})
+    assert grid == preset.model_copy(update={"shape": 32, "sigma_A": 0.7})
+    assert grid != preset
+    assert load_config(None, (f"grid.preset={name}", "grid.shape=32", "grid.sigma_A=0.7")).grid == grid
+
+
+def test_presets_hold_what_they_are_named_for() -> None:
+    unit, window = (GridSpec.model_validate({"preset": f"paper-{frame}"}) for frame in ("unit", "window"))
+    assert GridSpec.model_validate({"preset": "default"}) == GridSpec()
+    assert (unit.frame, window.frame) == ("unit", "window")
+    for grid in (unit, window):
+        assert (grid.shape, grid.box_A, grid.sigma_A, grid.channels) == (30, 10.0, 1.0, ("z_density",))
+        assert grid.random_rotation
+
+
+def test_a_table_of_elements_is_a_mapping_in_yaml_and_hashable_in_memory() -> None:
+    config = load_config(None, ("grid.channels=[table]", "grid.element_table={O: [1, 0], Ti: [0.5, -2]}"))
+    assert config.grid.element_table == (("O", (1.0, 0.0)), ("Ti", (0.5, -2.0)))
+    assert yaml.safe_load(config.to_yaml())["grid"]["element_table"] == {"O": [1.0, 0.0], "Ti": [0.5, -2.0]}
+    assert hash(config.grid) == hash(GridSpec.model_validate(config.grid.model_dump()))
 
 
 @pytest.mark.parametrize("shape", [8, 129])

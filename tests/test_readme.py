@@ -49,3 +49,12 @@ def test_every_run_file_it_names_loads() -> None:
 def test_every_path_it_links_exists() -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_the_python_example_of_grids_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    example = re.findall(r"```python\n(.*?)```", README, re.S)[0]
+    monkeypatch.chdir(ROOT)
+    exec(compile(example, "README.md", "exec"), {})
+    shape, *poscar = capsys.readouterr().out.splitlines()
+    assert f"density_CDHW float32 [{shape.strip('()')}]" in example
+    assert poscar[5].split() == ["O", "Sn", "O", "S", "Bi"]

@@ -38,7 +38,7 @@ MIN_VOTES_SHARE = 0.6
 UNCLEAR_SHARE, EXPLAINED_RANGE = 0.4, (0.9, 0.985)
 """A lattice may leave unexplained this share of the votes that the median atom lacks, and must explain a share of the
 atoms, and find a share of its own, within the range: clear labels leave nothing to chance."""
-SITE_MISSES, MISSES = 3.5, 8.0
+SITE_MISSES, MISSES = 3.5, 5.0
 """Copies that a single site may lack, of all and on top of that, in units of the share that all together may."""
 FINER_SHARES = 1.0, 0.85
 """Shares of a cell's sites that a translation within it must take to like ones for a smaller cell to be tried."""

@@ -106,15 +106,19 @@ def _check_pairs(crystal: Crystal, spec: GridSpec) -> None:
             raise CrystalError(f"{crystal.id}: {kind} atoms {shortest:.3f} A apart, at least {least} A is needed")
 
 
+def placement_seed(id: str, copy: int) -> int:
+    """Seed of the random rotation and origin of a copy of a crystal."""
+    return int.from_bytes(hashlib.sha256(f"{id}\0{copy}".encode()).digest()[:8], "big")
+
+
 def placed(crystal: Crystal, spec: GridSpec, copy: int = 0) -> Crystal:
     """The crystal where the grid takes it from: turned, moved and centred as the spec says.
 
     The random rotation (uniform on SO(3)) and origin (uniform in the cell) depend on the id and the copy index alone, so
     any sample can be made again by itself.
     """
-    seed = int.from_bytes(hashlib.sha256(f"{crystal.id}\0{copy}".encode()).digest()[:8], "big")
-    rng = np.random.default_rng(seed)
-    rotation = Rotation.random(rng=rng).as_matrix() if spec.random_rotation else np.eye(3)
+    rng = np.random.default_rng(placement_seed(crystal.id, copy))
+    rotation = Rotation.from_quat(rng.normal(size=4)).as_matrix() if spec.random_rotation else np.eye(3)
     lattice = crystal.lattice_A @ rotation
     if spec.frame == "unit":
         cart = wrap(crystal.frac_N3) @ lattice

@@ -33,7 +33,7 @@ class NoiseSpectrum:
     @classmethod
     def of(cls, noise_DHW: NDArray[np.float32], lattice_A: FloatArray) -> NoiseSpectrum:
         """The spectrum of a sample on the grid of a cell: averages over shells of |k|."""
-        squares = _squares(noise_DHW.shape, lattice_A)
+        squares = wave_squares(noise_DHW.shape, lattice_A)
         wave = np.sqrt(squares).ravel()
         width = wave.max() / BINS
         shell = np.minimum((wave / width).astype(np.int64), BINS - 1)
@@ -79,7 +79,7 @@ class NoiseSpectrum:
         return across @ terms, (sine - 2 * across) @ terms
 
 
-def _squares(shape: tuple[int, ...], lattice_A: FloatArray) -> FloatArray:
+def wave_squares(shape: tuple[int, ...], lattice_A: FloatArray) -> FloatArray:
     """[D, H, W // 2 + 1] |k|^2 of the modes of a real Fourier transform."""
     reciprocal = 2 * np.pi * np.linalg.inv(lattice_A)
     form = reciprocal.T @ reciprocal

@@ -117,7 +117,7 @@ class CrystalAutoencoder(nn.Module):
 def check_grid(grid: GridSpec) -> int:
     """Voxels along every axis. Raises ModelError for a grid that the networks can't be trained on."""
     if grid.frame != "cell":
-        raise ModelError(f"grid.frame {grid.frame!r} can't be trained on: the networks' grids are periodic; set it to 'cell'")
+        raise ModelError(f"grid.frame {grid.frame!r} can't be trained on: the networks are periodic; set it to 'cell'")
     if grid.shape == "adaptive":
         raise ModelError("grid.shape 'adaptive' can't be trained on: the latent needs one shape; set a number")
     if "occupancy" not in grid.channels:

@@ -19,9 +19,8 @@ The host waits for the device only in windows, twice for each part of the batch,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from functools import cache
 from math import floor, pi, prod, sqrt
 from typing import NamedTuple
@@ -29,13 +28,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from dist_train.config import GridSpec
-from dist_train.crystal.lattice import plane_spacings
-from dist_train.crystal.structure import Crystal
 from dist_train.crystal.voxelize import code_table
+from dist_train.models.crystal_tensors import CrystalTensors, inverse, rows_times, send, volumes
 
 REACH = 6.0
 """Standard deviations after which Gaussians end: 1.5e-8 of their height in space, 1e-7 in all missing waves together."""
@@ -49,66 +46,6 @@ NO_ATOM = 2**63 - 2**NUMBER_BITS
 Shape = tuple[int, int, int]
 
 
-@dataclass(frozen=True, eq=False)
-class CrystalTensors:
-    """Crystals padded to one number of atoms, on one device; the arrays stay on the host, where they bound what is padded.
-
-    lattice_B33: float64, rows in angstrom; frac_BN3: float64; numbers_BN: int64, 0 after the last atom; elements_BE: int64,
-    each crystal's different atomic numbers, 0 after the last. atoms_B: atoms; edges_B3, spacings_B3: lengths of the lattice
-    vectors and distances between opposite faces in angstrom, which no rotation changes.
-    """
-
-    lattice_B33: Tensor
-    frac_BN3: Tensor
-    numbers_BN: Tensor
-    elements_BE: Tensor
-    atoms_B: NDArray[np.int64]
-    edges_B3: NDArray[np.float64]
-    spacings_B3: NDArray[np.float64]
-
-    @classmethod
-    def of(cls, crystals: Sequence[Crystal]) -> CrystalTensors:
-        """On the CPU. Raises ValueError for no crystals."""
-        if not crystals:
-            raise ValueError("a batch needs at least one crystal")
-        lattices = np.stack([crystal.lattice_A for crystal in crystals])
-        return cls(
-            torch.from_numpy(lattices),
-            _padded([crystal.frac_N3 for crystal in crystals]),
-            _padded([crystal.numbers_N for crystal in crystals]),
-            _padded([np.array(list(crystal.composition)) for crystal in crystals]),
-            np.array([len(crystal) for crystal in crystals]),
-            np.linalg.norm(lattices, axis=2),
-            np.stack([plane_spacings(lattice) for lattice in lattices]),
-        )
-
-    def __len__(self) -> int:
-        return len(self.atoms_B)
-
-    @property
-    def device(self) -> torch.device:
-        return self.lattice_B33.device
-
-    def to(self, device: torch.device) -> CrystalTensors:
-        """The same batch on a device."""
-        return replace(
-            self,
-            lattice_B33=_send(self.lattice_B33, device),
-            frac_BN3=_send(self.frac_BN3, device),
-            numbers_BN=_send(self.numbers_BN, device),
-            elements_BE=_send(self.elements_BE, device),
-        )
-
-    def rows(self, part: slice) -> CrystalTensors:
-        """Some of the crystals, padded to the most atoms among them."""
-        atoms = self.atoms_B[part]
-        most = int(atoms.max())
-        return CrystalTensors(
-            self.lattice_B33[part], self.frac_BN3[part, :most], self.numbers_BN[part, :most], self.elements_BE[part],
-            atoms, self.edges_B3[part], self.spacings_B3[part],
-        )  # fmt: skip
-
-
 class _Atoms(NamedTuple):
     """Atoms, or their images, where a grid sees them.
 
@@ -119,83 +56,6 @@ class _Atoms(NamedTuple):
     centre_BN3: Tensor
     label_BN: Tensor
     weight_BKN: Tensor
-
-
-def _send(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device; from page-locked memory, as the host would wait for the device's queue otherwise."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
-def _padded(rows: list[NDArray[np.generic]]) -> Tensor:
-    """[B, N, ...]: rows of different lengths below each other, zeros after their ends."""
-    padded = np.zeros((len(rows), max(map(len, rows)), *rows[0].shape[1:]), rows[0].dtype)
-    for place, row in zip(padded, rows, strict=True):
-        place[: len(row)] = row
-    return torch.from_numpy(padded)
-
-
-def randomise(batch: CrystalTensors, spec: GridSpec, seeds: Sequence[int]) -> CrystalTensors:
-    """Each crystal turned, moved and centred as the spec says: `frames.placed` for a batch, with a seed for each crystal.
-
-    The numbers are drawn on the host by numpy, in the order of `frames.placed`, from the crystal's own seed: they depend
-    on neither the device nor the rest of the batch. Raises ValueError for another number of seeds than of crystals.
-    """
-    rotation, origin = _draw(spec, seeds, len(batch))
-    lattice, frac = batch.lattice_B33, batch.frac_BN3
-    if spec.random_rotation:
-        lattice = _rows_times(lattice, _send(torch.from_numpy(rotation), batch.device))
-    if spec.frame == "unit":
-        present = (batch.numbers_BN > 0).unsqueeze(-1)
-        cart = _rows_times(_wrap(frac), lattice) * present
-        middle = cart.sum(1, keepdim=True) / present.sum(1, keepdim=True)
-        return replace(batch, lattice_B33=lattice, frac_BN3=_rows_times(cart - middle + spec.box_A / 2, _inverse(lattice)))
-    if spec.random_origin:
-        frac = _wrap(frac + _send(torch.from_numpy(origin), batch.device)[:, None])
-    return replace(batch, lattice_B33=lattice, frac_BN3=frac)
-
-
-def _draw(spec: GridSpec, seeds: Sequence[int], count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Rotations [B, 3, 3], uniform on SO(3), and origins [B, 3] in [0, 1); only what the spec asks for is drawn."""
-    if len(seeds) != count:
-        raise ValueError(f"{len(seeds)} seeds for {count} crystals")
-    quaternions, origins = np.zeros((count, 4)), np.zeros((count, 3))
-    quaternions[:, 3] = 1.0
-    for row, seed in enumerate(seeds):
-        rng = np.random.default_rng(seed)
-        if spec.random_rotation:
-            quaternions[row] = rng.normal(size=4)
-        if spec.random_origin:
-            origins[row] = rng.random(3)
-    return Rotation.from_quat(quaternions).as_matrix(), origins
-
-
-def _wrap(frac: Tensor) -> Tensor:
-    """As `structure.wrap`."""
-    wrapped = frac % 1.0
-    return torch.where(wrapped >= 1.0, 0.0, wrapped)
-
-
-def _rows_times(rows_BN3: Tensor, matrix_B33: Tensor) -> Tensor:
-    """rows @ matrix in a fixed order of operations, so that a crystal's result depends on no other of its batch."""
-    x, y, z = rows_BN3.unsqueeze(-1).unbind(2)
-    a, b, c = matrix_B33.unsqueeze(1).unbind(2)
-    return x * a + y * b + z * c
-
-
-def _inverse(lattice_B33: Tensor) -> Tensor:
-    """[B, 3, 3] inverses; column i is the reciprocal vector b_i. torch.linalg.inv would make the host wait."""
-    a, b, c = lattice_B33.unbind(1)
-    columns = torch.stack([torch.linalg.cross(b, c), torch.linalg.cross(c, a), torch.linalg.cross(a, b)], dim=2)
-    return columns / _volumes(lattice_B33)[:, None, None]
-
-
-def _volumes(lattice_B33: Tensor) -> Tensor:
-    """[B] volumes of cells, negative for left-handed ones."""
-    a, b, c = lattice_B33.unbind(1)
-    volumes: Tensor = (a * torch.linalg.cross(b, c)).sum(1)
-    return volumes
 
 
 def voxelize_batch(batch: CrystalTensors, spec: GridSpec, shape: Shape | None = None) -> tuple[Tensor, Tensor]:
@@ -277,13 +137,13 @@ def _fill(
     fields_BKV = density_BCV.new_empty(*weight_BKN.shape[:2], prod(shape)) if mixed else density_BCV
     if spec.frame == "cell":
         atoms = _cell_atoms(batch, weight_BKN, shape)
-        basis_B33 = batch.lattice_B33 / _send(torch.tensor(shape), batch.device)[:, None]
+        basis_B33 = batch.lattice_B33 / send(torch.tensor(shape), batch.device)[:, None]
         planes_3 = batch.spacings_B3.min(0) / shape
         _fill_cell(batch, weight_BKN, spec.sigma_A, shape, fields_BKV)
     else:
         planes_3 = spec.box_A / (np.array(shape) - 1)
         atoms = _box_atoms(batch, weight_BKN, spec, planes_3)
-        basis_B33 = _send(torch.from_numpy(np.diag(planes_3)), batch.device).expand(len(batch), 3, 3)
+        basis_B33 = send(torch.from_numpy(np.diag(planes_3)), batch.device).expand(len(batch), 3, 3)
         _fill_box(atoms, spec.sigma_A, planes_3, shape, fields_BKV)
     if mixed:
         torch.bmm(codes[batch.elements_BE].mT, fields_BKV, out=density_BCV)
@@ -299,7 +159,7 @@ def _element_weights(batch: CrystalTensors) -> Tensor:
 
 def _cell_atoms(batch: CrystalTensors, weight_BKN: Tensor, shape: Shape) -> _Atoms:
     """The atoms of the cells."""
-    return _Atoms(batch.frac_BN3 * _send(torch.tensor(shape), batch.device), _labels(batch), weight_BKN)
+    return _Atoms(batch.frac_BN3 * send(torch.tensor(shape), batch.device), _labels(batch), weight_BKN)
 
 
 def _labels(batch: CrystalTensors) -> Tensor:
@@ -310,9 +170,9 @@ def _labels(batch: CrystalTensors) -> Tensor:
 
 def _box_atoms(batch: CrystalTensors, weight_BKN: Tensor, spec: GridSpec, step_3: NDArray[np.float64]) -> _Atoms:
     """The atoms of units, the images of windows that reach into the box."""
-    step = _send(torch.from_numpy(step_3), batch.device)
+    step = send(torch.from_numpy(step_3), batch.device)
     if spec.frame == "unit":
-        return _Atoms(_rows_times(batch.frac_BN3, batch.lattice_B33) / step, _labels(batch), weight_BKN)
+        return _Atoms(rows_times(batch.frac_BN3, batch.lattice_B33) / step, _labels(batch), weight_BKN)
     cart_BM3, label_BM = _images(batch, spec)
     places = (label_BM >> NUMBER_BITS).unsqueeze(1).expand(-1, weight_BKN.shape[1], -1)
     weight_BKM = weight_BKN.gather(2, places) * _present(label_BM).unsqueeze(1)
@@ -339,7 +199,7 @@ def _images(batch: CrystalTensors, spec: GridSpec) -> tuple[Tensor, Tensor]:
     most_B3, half, box = _image_counts(batch, spec), _half(spec), spec.box_A
     many_B = batch.atoms_B * most_B3.prod(1)
     host = np.column_stack([many_B, many_B.cumsum() - many_B, most_B3])
-    many, start, *most = _send(torch.from_numpy(host), batch.device).unbind(1)
+    many, start, *most = send(torch.from_numpy(host), batch.device).unbind(1)
     crystal = torch.repeat_interleave(many, output_size=int(many_B.sum()))
     rest = torch.arange(len(crystal), device=batch.device) - start[crystal]
     image = []
@@ -347,10 +207,10 @@ def _images(batch: CrystalTensors, spec: GridSpec) -> tuple[Tensor, Tensor]:
         image.append(rest % most[axis][crystal])
         rest = rest // most[axis][crystal]
     frac = batch.frac_BN3[crystal, rest]
-    inverse = _inverse(batch.lattice_B33)
-    low = inverse.sum(1) * (box / 2) - inverse.abs().sum(1) * half
+    reciprocal = inverse(batch.lattice_B33)
+    low = reciprocal.sum(1) * (box / 2) - reciprocal.abs().sum(1) * half
     frac = frac + torch.ceil(low[crystal] - frac) + torch.stack(image[::-1], dim=1)
-    cart = _rows_times(frac.unsqueeze(1), batch.lattice_B33[crystal]).squeeze(1)
+    cart = rows_times(frac.unsqueeze(1), batch.lattice_B33[crystal]).squeeze(1)
     near = ((cart - box / 2).abs() <= half).all(1).nonzero().squeeze(1)
     return _pad_images(cart[near], _labels(batch)[crystal[near], rest[near]], crystal[near], len(batch))
 
@@ -425,10 +285,10 @@ def _grid_waves(modes_M: Tensor, size: int) -> Tensor:
 
 def _amplitudes(lattice_B33: Tensor, sigma: float, modes: list[Tensor]) -> Tensor:
     """[B, X, Y, Z] float32 Fourier coefficients A_h of one atom's Gaussians (see the module)."""
-    reciprocal_B33 = _inverse(lattice_B33).mT
+    reciprocal_B33 = inverse(lattice_B33).mT
     x, y, z = (mode.double().view(1, 1, -1) for mode in modes)
     exponent = 0.5 * (2 * pi * sigma) ** 2 * _squared_lengths(reciprocal_B33, x, y, z).squeeze(1)
-    height = (2 * pi * sigma**2) ** 1.5 / _volumes(lattice_B33).abs()
+    height = (2 * pi * sigma**2) ** 1.5 / volumes(lattice_B33).abs()
     return _decay(exponent).mul_(height.float().view(-1, 1, 1, 1))
 
 

@@ -12,10 +12,10 @@ from dist_train.crystal.lattice import (
     from_lengths_angles,
     image_offsets,
     lengths_angles,
+    neighbour_pairs,
     niggli,
     periodic_distances,
     plane_spacings,
-    shortest_distance,
 )
 
 FloatArray = NDArray[np.float64]
@@ -127,25 +127,54 @@ def test_periodic_distances_equal_brute_force_in_skewed_cells(seed: int) -> None
     np.testing.assert_allclose(distances, brute_distances(compact, first @ skewed, second @ skewed), atol=1e-9)
 
 
-@given(seed=SEEDS)
-def test_shortest_distance_equals_brute_force(seed: int) -> None:
+def brute_pairs(compact: FloatArray, cart_N3: FloatArray, cutoff: float) -> set[tuple[int, ...]]:
+    """(first, second, cells of the second one's shift in the compact basis) of all pairs within the cutoff."""
+    inverse, pairs = np.linalg.inv(compact), set()
+    for i, j in np.ndindex(len(cart_N3), len(cart_N3)):
+        delta = cart_N3[i] - cart_N3[j]
+        cells = np.floor(delta @ inverse) + images(9)
+        for cell in cells[np.linalg.norm(delta - cells @ compact, axis=1) <= cutoff].astype(int).tolist():
+            if i != j or any(cell):
+                pairs.add((i, j, *cell))
+    return pairs
+
+
+@given(seed=SEEDS, atoms=st.integers(1, 5), cutoff=st.floats(0.5, 8.0), far=st.sampled_from([0, 2, 60]))
+@settings(max_examples=60)
+def test_neighbour_pairs_equal_brute_force_in_skewed_cells(seed: int, atoms: int, cutoff: float, far: int) -> None:
     rng = np.random.default_rng(seed)
     compact = compact_cell(rng)
     skewed = shear(rng) @ compact
-    frac = rng.uniform(-2, 2, (rng.integers(1, 5), 3))
-    between = brute_distances(compact, frac @ skewed, frac @ skewed)[np.triu_indices(len(frac), 1)]
-    vectors = images(7)[np.any(images(7) != 0, axis=1)] @ compact
-    expected = min(between.min(initial=np.inf), np.linalg.norm(vectors, axis=1).min())
-    assert shortest_distance(skewed, frac) == pytest.approx(expected, abs=1e-9)
+    cart = (rng.random((atoms, 3)) + rng.integers(-far, far + 1, (atoms, 3))) @ skewed
+    first, second, shift = neighbour_pairs(skewed, cart, cutoff)
+    cells = shift @ np.linalg.inv(compact)
+    np.testing.assert_allclose(cells, np.round(cells), atol=1e-8)
+    found = list(zip(first.tolist(), second.tolist(), *np.round(cells).astype(int).T.tolist()))
+    assert (np.diff(first) >= 0).all()
+    assert len(found) == len(set(found))
+    assert set(found) == brute_pairs(compact, cart, cutoff)
+    assert {(j, i, -x, -y, -z) for i, j, x, y, z in found} == set(found)
 
 
-def test_shortest_distance_of_one_atom_is_to_its_own_image() -> None:
+def test_an_atom_is_a_neighbour_of_its_images_and_not_of_itself() -> None:
     skewed = np.array([[3.0, 0, 0], [0, 4.0, 0], [5.9, 0, 0.5]])  # c - 2 a is the shortest vector
-    assert shortest_distance(skewed, np.array([[0.2, 0.3, 0.4]])) == pytest.approx(np.hypot(0.1, 0.5))
+    first, second, shift = neighbour_pairs(skewed, np.array([[7.0, -9.0, 0.1]]), 0.6)
+    assert (first.tolist(), second.tolist()) == ([0, 0], [0, 0])
+    np.testing.assert_allclose(sorted(shift.tolist()), [[-0.1, 0, 0.5], [0.1, 0, -0.5]], atol=1e-12)
 
 
-def test_atoms_at_one_place() -> None:
-    assert shortest_distance(np.eye(3) * 4, np.array([[0.1, 0.2, 0.3], [1.1, -0.8, 0.3]])) == pytest.approx(0, abs=1e-9)
+def test_atoms_at_one_place_are_neighbours_in_whatever_cells_they_lie() -> None:
+    cart = np.array([[0.1, 0.2, 0.3], [1.1, -0.8, 0.3]]) * 4
+    first, second, shift = neighbour_pairs(np.eye(3) * 4, cart, 1e-6)
+    assert (first.tolist(), second.tolist()) == ([0, 1], [1, 0])
+    np.testing.assert_allclose(cart[first] - cart[second] - shift, 0, atol=1e-12)
+
+
+@pytest.mark.parametrize("atoms", [0, 1, 2])
+def test_nothing_near_gives_empty_arrays_of_the_right_kind(atoms: int) -> None:
+    first, second, shift = neighbour_pairs(np.eye(3) * 9, np.arange(3 * atoms).reshape(-1, 3) * 1.0, 0.5)
+    assert (first.shape, second.shape, shift.shape) == ((0,), (0,), (0, 3))
+    assert (first.dtype, second.dtype) == (np.int64, np.int64)
 
 
 @given(seed=SEEDS)

@@ -23,7 +23,8 @@ from dist_train.crystal.frames import placed
 from dist_train.crystal.structure import Crystal
 from dist_train.crystal.voxelize import voxelize
 from dist_train.models import voxelize_batch as module
-from dist_train.models.voxelize_batch import CrystalTensors, randomise, voxelize_batch
+from dist_train.models.crystal_tensors import CrystalTensors, randomise
+from dist_train.models.voxelize_batch import voxelize_batch
 
 FloatArray = NDArray[np.float64]
 MakeCrystal = Callable[..., Crystal]
