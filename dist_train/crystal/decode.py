@@ -34,6 +34,8 @@ Fields = tuple[str, NDArray[np.float32], NDArray[np.integer], NDArray[np.float32
 
 MIN_SCORE = 0.35
 """Share of the ball's votes below which a voxel is no atom."""
+MIN_DENSITY = 0.2
+"""Density, in heights of an atom, below which a voxel is no atom."""
 LIKE_RADII, UNLIKE_RADII = 1.6, 1.2
 """Votes of the same element / of different elements nearer than this many species radii are taken for one atom's."""
 CENTROID_RADII, CENTROID_MOVES = 1.15, 3
@@ -84,14 +86,15 @@ def decode(
     grid = _Grid(
         np.ascontiguousarray(species_DHW, np.uint8), np.ascontiguousarray(atom_probability_DHW, np.float32), lattice_A, spec
     )
+    density = np.ascontiguousarray(density_DHW, np.float32)
+    heights = code_table(spec.model_copy(update={"channels": (channel,)}))[:, 0]
     most = min(spec.max_atoms, int(MAX_ATOMS_PER_A3 * abs(np.linalg.det(lattice_A))))
-    voxels, scores = grid.find(most + 1)
+    voxels, scores = grid.find(density, heights, most + 1)
     if not len(voxels):
-        return Decoded(None, nothing, f"no atom found: no voxel scores {MIN_SCORE} or more")
+        return Decoded(None, nothing, f"no atom found: no voxel with any density scores {MIN_SCORE} or more")
     if len(voxels) > most:
         return Decoded(None, nothing, f"over {most} atoms found, more than the cell or the spec can hold")
-    heights = code_table(spec.model_copy(update={"channels": (channel,)}))[:, 0]
-    cart, numbers, scores = grid.fit(voxels, scores, np.ascontiguousarray(density_DHW, np.float32), heights, most)
+    cart, numbers, scores = grid.fit(voxels, scores, density, heights, most)
     return Decoded(Crystal(id, lattice_A, wrap(cart @ np.linalg.inv(lattice_A)), numbers), scores)
 
 
@@ -148,12 +151,17 @@ class _Grid:
         offsets = np.stack(np.meshgrid(*[np.arange(-n, n + 1) for n in reach], indexing="ij"), -1).reshape(-1, 3)
         self.ball = offsets[np.linalg.norm(offsets @ self.basis, axis=1) <= spec.radius_A]
 
-    def find(self, most: int) -> tuple[NDArray[np.int64], FloatArray]:
+    def find(
+        self, density: NDArray[np.float32], heights: NDArray[np.float32], most: int
+    ) -> tuple[NDArray[np.int64], FloatArray]:
         """Voxels [N, 3] at the peaks of the votes, at most `most`, and their scores [N], from the highest down."""
         voxels, scores = _scores(self.species, self.probability, self.ball, MIN_SCORE)
-        order = np.argsort(-scores, kind="stable")
-        voxels, scores = voxels[order], scores[order]
         numbers = self.species[tuple(voxels.T)].astype(np.int64)
+        # Where labels are wrong at random, some balls hold many of one element by chance, but no density.
+        dense = density[tuple(voxels.T)] > MIN_DENSITY * heights[numbers]
+        voxels, scores, numbers = voxels[dense], scores[dense], numbers[dense]
+        order = np.argsort(-scores, kind="stable")
+        voxels, scores, numbers = voxels[order], scores[order], numbers[order]
         kept = _suppress(voxels / self.shape, numbers, self.lattice, self.images, self.like, self.unlike, most)
         return voxels[kept], scores[kept]
 

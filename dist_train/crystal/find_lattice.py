@@ -35,12 +35,12 @@ REFERENCES = 30
 """Atoms of the rarest elements from which differences are taken; a translation must take these to like ones too."""
 MIN_VOTES_SHARE = 0.6
 """Atoms with a smaller share of the median votes are not believed: chance labels reach 0.45, true atoms 0.9."""
-UNCLEAR_SHARE, EXPLAINED_RANGE = 0.4, (0.9, 0.985)
+UNCLEAR_SHARE, EXPLAINED_RANGE = 0.6, (0.87, 0.985)
 """A lattice may leave unexplained this share of the votes that the median atom lacks, and must explain a share of the
 atoms, and find a share of its own, within the range: clear labels leave nothing to chance."""
 SITE_MISSES, MISSES = 3.5, 5.0
 """Copies that a single site may lack, of all and on top of that, in units of the share that all together may."""
-FINER_SHARES = 1.0, 0.85
+FINER_SHARES = 1.0, 0.8, 0.6
 """Shares of a cell's sites that a translation within it must take to like ones for a smaller cell to be tried."""
 DROP_SUPPORT = 0.35
 """Sites that show a smaller share of their copies are none."""
