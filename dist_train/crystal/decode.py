@@ -15,11 +15,10 @@ from functools import partial
 from typing import Literal
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from dist_train.config import GridSpec
-from dist_train.crystal import kernels
+from dist_train.crystal import kernels, labels
 from dist_train.crystal.elements import MAX_Z
 from dist_train.crystal.lattice import MIN_VOLUME_A3, image_offsets, plane_spacings
 from dist_train.crystal.parallel import parallel_map
@@ -41,8 +40,10 @@ LIKE_RADII, UNLIKE_RADII = 1.6, 1.2
 CENTROID_RADII, CENTROID_MOVES = 1.15, 3
 """Ball of a centroid, in species radii (a little wider, so that its edge doesn't cut the sphere of labels); how often it is
 moved to the centre of its votes."""
-NETWORK_ERROR_A = 0.01
-"""Part of a centroid's error that its votes don't show: networks shift whole spheres."""
+SPHERE_STEP, SPHERE_STEPS = 0.1, 4
+"""Shifts of a sphere of labels that are tried from its centroid, along each axis: how far apart in voxels, how many."""
+NETWORK_ERROR_A = 0.005
+"""Part of a position's error that its votes don't show: networks shift whole spheres."""
 MISSING_HEIGHT, MISSING_ERROR_A, MAX_COMPLETIONS = 0.4, 0.2, 3
 """Density left over, in heights of an atom, where one is missing; the error of its voxel; how often to look."""
 MAX_ATOMS_PER_A3 = 0.5
@@ -95,7 +96,9 @@ def decode(
     if len(voxels) > most:
         return Decoded(None, nothing, f"over {most} atoms found, more than the cell or the spec can hold")
     cart, numbers, scores = grid.fit(voxels, scores, density, heights, most)
-    return Decoded(Crystal(id, lattice_A, wrap(cart @ np.linalg.inv(lattice_A)), numbers), scores)
+    frac = wrap(cart @ np.linalg.inv(lattice_A))
+    apart = grid.apart(frac, scores)
+    return Decoded(Crystal(id, lattice_A, frac[apart], numbers[apart]), scores[apart])
 
 
 def votes(logits_KDHW: NDArray[np.float32], elements: tuple[int, ...]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
@@ -155,14 +158,14 @@ class _Grid:
         self, density: NDArray[np.float32], heights: NDArray[np.float32], most: int
     ) -> tuple[NDArray[np.int64], FloatArray]:
         """Voxels [N, 3] at the peaks of the votes, at most `most`, and their scores [N], from the highest down."""
-        voxels, scores = _scores(self.species, self.probability, self.ball, MIN_SCORE)
+        voxels, scores = labels.scores(self.species, self.probability, self.ball, MIN_SCORE)
         numbers = self.species[tuple(voxels.T)].astype(np.int64)
         # Where labels are wrong at random, some balls hold many of one element by chance, but no density.
         dense = density[tuple(voxels.T)] > MIN_DENSITY * heights[numbers]
         voxels, scores, numbers = voxels[dense], scores[dense], numbers[dense]
         order = np.argsort(-scores, kind="stable")
         voxels, scores, numbers = voxels[order], scores[order], numbers[order]
-        kept = _suppress(voxels / self.shape, numbers, self.lattice, self.images, self.like, self.unlike, most)
+        kept = labels.suppress(voxels / self.shape, numbers, self.lattice, self.images, self.like, self.unlike, most)
         return voxels[kept], scores[kept]
 
     def fit(
@@ -170,9 +173,8 @@ class _Grid:
         most: int,
     ) -> tuple[FloatArray, NDArray[np.int64], FloatArray]:  # fmt: skip
         """Positions [N, 3] in angstrom, atomic numbers and scores of the atoms, also where only the density shows one."""
-        reach = CENTROID_RADII * self.spec.radius_A
-        centres = _centroids(voxels, self.species, self.probability, self.basis, self.spacings, reach, CENTROID_MOVES)
-        cart, errors, numbers = centres @ self.basis, self._errors(scores), self.species[tuple(voxels.T)].astype(np.int64)
+        numbers = self.species[tuple(voxels.T)].astype(np.int64)
+        cart, errors = self._place(voxels)
         for _ in range(MAX_COMPLETIONS):
             fit = refine(cart, errors, density, self.lattice, self.spec.sigma_A, heights[numbers])
             missing = self._missing(fit.residual_DHW, heights)
@@ -185,100 +187,30 @@ class _Grid:
             scores = np.concatenate([scores, self.probability[place]])
         return refine(cart, errors, density, self.lattice, self.spec.sigma_A, heights[numbers]).cart_N3, numbers, scores
 
+    def apart(self, frac: FloatArray, scores: FloatArray) -> NDArray[np.int64]:
+        """Indices of the atoms but those nearer than the spec's least distance to one of a higher score.
+
+        A network's fields can hold such; in a crystal that the spec takes there are none.
+        """
+        order, least = np.argsort(-scores, kind="stable"), self.spec.min_distance_A
+        images, alike = image_offsets(self.lattice, least).astype(np.float64), np.zeros(len(frac), np.int64)
+        return np.sort(order[labels.suppress(frac[order], alike, self.lattice, images, least, least, len(frac) + 1)])
+
     def _missing(self, residual: NDArray[np.float32], heights: NDArray[np.float32]) -> NDArray[np.int64]:
         """[M, 3] voxels labelled as atoms, with density that no atom explains: one of two like atoms very close."""
         left = residual - MISSING_HEIGHT * heights.take(self.species, mode="clip")
         voxels = np.argwhere((left > 0) & (self.species > 0) & (self.probability > 0.5))
         voxels = voxels[np.argsort(-left[tuple(voxels.T)], kind="stable")]
         alike = np.zeros(len(voxels), np.int64)
-        kept = _suppress(voxels / self.shape, alike, self.lattice, self.images, self.like, self.like, len(voxels) + 1)
+        kept = labels.suppress(voxels / self.shape, alike, self.lattice, self.images, self.like, self.like, len(voxels) + 1)
         return np.asarray(voxels[kept])
 
-    def _errors(self, scores: FloatArray) -> FloatArray:
-        """[N] standard error of a centroid along an axis in angstrom: of the voxels' size, of missing votes, of networks.
-
-        The first two are fitted to the centroids of 120 real crystals at spacings of 0.125 to 0.3 angstrom, with none and
-        with 10 % of all labels flipped.
-        """
-        of_voxels = 0.042 * self.spacings.max()
-        of_votes = 0.6 * self.spec.radius_A * np.sqrt(np.clip(1.0 - scores, 0.0, 1.0) / len(self.ball))
-        return np.asarray(np.sqrt(of_voxels**2 + of_votes**2 + NETWORK_ERROR_A**2))
-
-
-@njit(cache=True, nogil=True)
-def _scores(species, probability, ball, min_score):  # type: ignore[no-untyped-def]
-    """Voxels [M, 3] whose ball holds at least `min_score` of possible votes for their own element, and their scores."""
-    n0, n1, n2 = species.shape
-    voxels = np.empty((species.size, 3), np.int64)
-    scores = np.empty(species.size, np.float64)
-    found = 0
-    for i in range(n0):
-        for j in range(n1):
-            for k in range(n2):
-                if species[i, j, k] == 0 or probability[i, j, k] < 0.1:
-                    continue
-                votes = 0.0
-                for m in range(len(ball)):
-                    a, b, c = (i + ball[m, 0]) % n0, (j + ball[m, 1]) % n1, (k + ball[m, 2]) % n2
-                    if species[a, b, c] == species[i, j, k]:
-                        votes += probability[a, b, c]
-                if votes >= min_score * len(ball):
-                    voxels[found, 0], voxels[found, 1], voxels[found, 2] = i, j, k
-                    scores[found] = votes / len(ball)
-                    found += 1
-    return voxels[:found], scores[:found]
-
-
-@njit(cache=True, nogil=True)
-def _suppress(frac_M3, numbers_M, lattice, images, like, unlike, most):  # type: ignore[no-untyped-def]
-    """Indices of the voxels kept, at most `most`, in order: each farther than `like` / `unlike` A from all before it."""
-    kept = np.empty(min(len(frac_M3), most), np.int64)
-    n_kept = 0
-    shifts = images @ lattice
-    for m in range(len(frac_M3)):
-        free = True
-        for n in range(n_kept):
-            limit = like if numbers_M[m] == numbers_M[kept[n]] else unlike
-            delta = frac_M3[m] - frac_M3[kept[n]]
-            delta -= np.round(delta)
-            cart = delta @ lattice
-            for s in range(len(shifts)):
-                d2 = (cart[0] + shifts[s, 0]) ** 2 + (cart[1] + shifts[s, 1]) ** 2 + (cart[2] + shifts[s, 2]) ** 2
-                if d2 < limit * limit:
-                    free = False
-                    break
-            if not free:
-                break
-        if free:
-            kept[n_kept] = m
-            n_kept += 1
-            if n_kept == most:
-                break
-    return kept[:n_kept].copy()
-
-
-@njit(cache=True, nogil=True)
-def _centroids(voxels, species, probability, basis, spacings, radius, shifts):  # type: ignore[no-untyped-def]
-    """[N, 3] centre in voxels (not wrapped) of the votes for each voxel's element in a ball that follows it."""
-    n0, n1, n2 = species.shape
-    centres = voxels.astype(np.float64)
-    r0, r1, r2 = radius / spacings[0], radius / spacings[1], radius / spacings[2]
-    for n in range(len(voxels)):
-        number = species[voxels[n, 0], voxels[n, 1], voxels[n, 2]]
-        for _ in range(shifts):
-            u, v, w = centres[n]
-            total, du, dv, dw = 0.0, 0.0, 0.0, 0.0
-            for i in range(int(np.ceil(u - r0)), int(np.floor(u + r0)) + 1):
-                for j in range(int(np.ceil(v - r1)), int(np.floor(v + r1)) + 1):
-                    for k in range(int(np.ceil(w - r2)), int(np.floor(w + r2)) + 1):
-                        d2 = 0.0
-                        for axis in range(3):
-                            d = (i - u) * basis[0, axis] + (j - v) * basis[1, axis] + (k - w) * basis[2, axis]
-                            d2 += d * d
-                        if d2 <= radius * radius and species[i % n0, j % n1, k % n2] == number:
-                            vote = probability[i % n0, j % n1, k % n2]
-                            total += vote
-                            du, dv, dw = du + vote * (i - u), dv + vote * (j - v), dw + vote * (k - w)
-            if total > 0.0:
-                centres[n, 0], centres[n, 1], centres[n, 2] = u + du / total, v + dv / total, w + dw / total
-    return centres
+    def _place(self, voxels: NDArray[np.int64]) -> tuple[FloatArray, FloatArray]:
+        """Positions [N, 3] in angstrom of the spheres of labels around voxels; standard errors [N] along each axis."""
+        radius, votes = self.spec.radius_A, (self.species, self.probability, self.basis, self.spacings)
+        centres = labels.centroids(voxels, *votes, CENTROID_RADII * radius, CENTROID_MOVES)
+        right = labels.inner_votes(centres, voxels, *votes, 0.8 * radius)
+        clarity = float(np.log(2.0 * right / (1.0 - right)))  # a wrong label is as often another element's as none
+        step = SPHERE_STEP * self.spacings.max()
+        shifts, variances = labels.sphere_shifts(centres, voxels, *votes, radius, clarity, step, SPHERE_STEPS)
+        return centres @ self.basis + shifts, np.sqrt(variances + NETWORK_ERROR_A**2)

@@ -26,9 +26,10 @@ from dist_train.crystal.box_atoms import (
     profiles,
     project_slopes,
 )  # fmt: skip
+from dist_train.crystal.cell_choice import Repeats
 from dist_train.crystal.decode import Decoded
 from dist_train.crystal.elements import MAX_Z
-from dist_train.crystal.find_lattice import MARGIN_A, TOLERANCE_A, Repeats, box_images, find_repeats
+from dist_train.crystal.find_lattice import MARGIN_A, Points, box_images, enlarged, find_repeats
 from dist_train.crystal.frames import spacing_A
 from dist_train.crystal.lattice import compact_lattice
 from dist_train.crystal.structure import Crystal, wrap
@@ -44,10 +45,8 @@ SMALL_RESIDUAL = 0.01
 CLEAR_RESIDUAL, UNUSUAL, PARTS = 0.06, 3.0, 4
 """Where a cell explains all but this share of the density in most parts of the cube (cut in PARTS along each axis), a
 part with more, and so many times the usual, speaks against it: in noise it would not."""
-SMALL_DEVIATION_A = 0.05
-"""Root mean square deviation of atoms from their lattice that is left to it, whatever the noise."""
-SIGNIFICANT = 3.0
-"""Deviation, in standard deviations of atoms that the density places one by one, that speaks against a lattice."""
+LEAST_DISTORTION_A = 0.04
+"""Root mean square displacement from equal places that the density can show to need a larger cell."""
 _ITERATIONS = 8
 
 
@@ -108,14 +107,11 @@ def refine(cell: Repeats, density: FloatArray, heights_Z: FloatArray, spec: Grid
         return fault
     if residual.std() < SMALL_RESIDUAL * density.std():
         return cell
-    places, fitted, site, error = _free_atoms(cell, density, heights_Z, spec)
-    square, limit = ((fitted - places) ** 2).sum(1), SMALL_DEVIATION_A**2 + (SIGNIFICANT * error) ** 2
-    if (square / limit).mean() < 1.0:
-        return cell
-    tolerance = float(np.clip(SIGNIFICANT * np.median(error), SMALL_DEVIATION_A, TOLERANCE_A))
-    larger = find_repeats(fitted, cell.numbers_N[site], cell.votes_N[site], spec.box_A, tolerance)
-    if isinstance(larger, str):
-        return f"atoms lie {np.sqrt(square.mean()):.2f} A off the best one, and {larger}"
+    fitted, site, error = _free_atoms(cell, density, heights_Z, spec)
+    points = Points(fitted, cell.numbers_N[site], cell.votes_N[site], spec.box_A)
+    larger = enlarged(cell, points, 1.0 / (error**2 + LEAST_DISTORTION_A**2), LEAST_DISTORTION_A)
+    if larger is cell or isinstance(larger, str):
+        return larger
     larger, residual = fit_cell(larger, density, heights_Z, spec)
     return _unexplained(residual, density) or larger
 
@@ -174,8 +170,8 @@ def _images(cell: Repeats, spec: GridSpec) -> tuple[FloatArray, NDArray[np.int64
 
 def _free_atoms(
     cell: Repeats, density: FloatArray, heights_Z: FloatArray, spec: GridSpec
-) -> tuple[FloatArray, FloatArray, NDArray[np.int64], FloatArray]:
-    """Where a cell has atoms in the window, where the density wants each, their sites, and the errors of these places."""
+) -> tuple[FloatArray, NDArray[np.int64], FloatArray]:
+    """Where the density wants each atom of a cell in the window, its site, and the error of that place."""
     images, site = _images(cell, spec)
     heights, sigma = heights_Z[cell.numbers_N[site]], spec.sigma_A
     inside = ((images >= MARGIN_A) & (images <= spec.box_A - MARGIN_A)).all(1)
@@ -183,6 +179,6 @@ def _free_atoms(
         gauss, _ = profiles(images, len(density), spacing_A(spec), sigma)
         scale, sigma = density_shape(model_density(gauss, heights), density, sigma, spec)
     rest = density - scale * model_density(gauss[:, ~inside], heights[~inside])
-    places = images[inside]
-    fitted, error = fit_atoms(places, np.full(len(places), 2 * SITE_ERROR_A), heights[inside], rest, spec)
-    return places, fitted, site[inside], error
+    start = images[inside]
+    fitted, error = fit_atoms(start, np.full(len(start), 2 * SITE_ERROR_A), heights[inside], rest, spec)
+    return fitted, site[inside], error

@@ -14,17 +14,22 @@ from numba import njit
 from numpy.typing import NDArray
 from scipy.sparse.csgraph import connected_components
 
+from dist_train.crystal.cell_choice import (
+    SHORTEST_A,
+    TOLERANCE_A,
+    Repeats,
+    coarser_basis,
+    finer_basis,
+    folded_distances,
+    shortest_basis,
+)
 from dist_train.crystal.lattice import compact_lattice
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
-TOLERANCE_A = 0.3
-"""Two atoms this near are the same one: labels place an atom within 0.1 A or so, and like atoms are 0.8 A apart."""
 MARGIN_A = 0.25
 """Atoms nearer to a face than this may be missed or false: none is expected there, and none counts."""
-SHORTEST_A = 1.5
-"""No translation is shorter; the densest crystals repeat after 2.2 A."""
 LONGEST_SHARE = 0.75
 """Longest edge of the reduced cell as a share of the cube's: beyond, too little of the cube repeats."""
 MISS_SHARES = (0.0, 0.05, 0.1, 0.18, 0.25)
@@ -38,28 +43,15 @@ MIN_VOTES_SHARE = 0.6
 UNCLEAR_SHARE, EXPLAINED_RANGE = 0.6, (0.87, 0.985)
 """A lattice may leave unexplained this share of the votes that the median atom lacks, and must explain a share of the
 atoms, and find a share of its own, within the range: clear labels leave nothing to chance."""
-SITE_MISSES, MISSES = 3.5, 5.0
-"""Copies that a single site may lack, of all and on top of that, in units of the share that all together may."""
+SITE_MISSES, MAX_SITE_MISSES, MISSES = 3.5, 0.25, 5.0
+"""Copies that a single site may lack: a share of its own (in units of the share that all together may, and the greatest)
+and a number (in the same units)."""
 FINER_SHARES = 1.0, 0.8, 0.6
 """Shares of a cell's sites that a translation within it must take to like ones for a smaller cell to be tried."""
+LEAST_DISTORTION_A, MAX_ENLARGEMENTS = 0.08, 3
+"""Root mean square displacement from equal places that labels can show to need a larger cell; how often to look."""
 DROP_SUPPORT = 0.35
 """Sites that show a smaller share of their copies are none."""
-
-
-@dataclass(frozen=True)
-class Repeats:
-    """A primitive lattice with the sites of its cell, as a cube shows them.
-
-    lattice_A: [3, 3] rows, reduced; cart_N3: [N, 3] a copy of each site in angstrom from the cube's corner; numbers_N;
-    support_N: share of the copies which the cube should show that it does show; votes_N: mean confidence of these.
-    """
-
-    lattice_A: FloatArray
-    cart_N3: FloatArray
-    numbers_N: IntArray
-    support_N: FloatArray
-    votes_N: FloatArray
-    explained: float
 
 
 @dataclass(frozen=True)
@@ -70,7 +62,6 @@ class Points:
     numbers_N: IntArray
     votes_N: FloatArray
     box_A: float
-    tolerance_A: float
 
     def inner(self) -> Points:
         """The atoms that lie well inside."""
@@ -78,17 +69,15 @@ class Points:
         return replace(self, cart_N3=self.cart_N3[which], numbers_N=self.numbers_N[which], votes_N=self.votes_N[which])
 
 
-def find_repeats(
-    cart_N3: FloatArray, numbers_N: IntArray, votes_N: FloatArray, box_A: float, tolerance_A: float = TOLERANCE_A
-) -> Repeats | str:
+def find_repeats(cart_N3: FloatArray, numbers_N: IntArray, votes_N: FloatArray, box_A: float) -> Repeats | str:
     """The primitive cell of the atoms in a cube, or why none is determined."""
     clear = np.flatnonzero(votes_N >= MIN_VOTES_SHARE * np.median(votes_N)) if len(votes_N) else np.zeros(0, int)
     order = clear[np.lexsort((cart_N3[clear, 0], numbers_N[clear]))]
-    points = Points(cart_N3[order], numbers_N[order], votes_N[order], box_A, tolerance_A)
+    points = Points(cart_N3[order], numbers_N[order], votes_N[order], box_A)
     kinds = np.append(np.unique(points.numbers_N, return_index=True)[1], len(order))
     shifts, tests, hits = _translations(
         points.cart_N3, kinds, _references(points), MARGIN_A, box_A - MARGIN_A,
-        SHORTEST_A, box_A, tolerance_A, MISS_SHARES[-1], MIN_TESTS,
+        SHORTEST_A, box_A, TOLERANCE_A, MISS_SHARES[-1], MIN_TESTS,
     )  # fmt: skip
     reason = f"too few repeats in the cube: no three independent translations among {len(order)} atoms"
     tried: list[FloatArray] = []
@@ -99,9 +88,22 @@ def find_repeats(
         tried.append(basis)
         found = _explain(basis, points)
         if not isinstance(found, str):
-            return found
+            return enlarged(found, points, np.ones(len(order)), LEAST_DISTORTION_A)
         reason = found
     return reason
+
+
+def enlarged(cell: Repeats, points: Points, weights_N: FloatArray, least_A: float) -> Repeats | str:
+    """The cell, or a larger one where its atoms don't lie quite alike (see `coarser_basis`), if that fits the atoms."""
+    for _ in range(MAX_ENLARGEMENTS):
+        basis = coarser_basis(cell, points.cart_N3, points.numbers_N, weights_N, least_A)
+        if basis is None:
+            return cell
+        larger = _fold(basis, points)
+        if isinstance(larger, str):
+            return f"the atoms of the best lattice do not lie alike, and of a larger one: {larger}"
+        cell = larger
+    return cell
 
 
 def _references(points: Points) -> IntArray:
@@ -122,27 +124,11 @@ def _explain(basis: FloatArray, points: Points) -> Repeats | str:
     if isinstance(folded, str):
         return folded
     for share in FINER_SHARES:
-        finer = _finer_basis(folded, points.tolerance_A, share)
+        finer = finer_basis(folded, share)
         better = "" if finer is None else _explain(finer, points)
         if not isinstance(better, str):
             return better
     return folded
-
-
-def shortest_basis(shifts_M3: FloatArray) -> FloatArray | None:
-    """[3, 3] the three shortest vectors that no plane holds: a reduced basis of what all span, if they make a lattice."""
-    basis: list[FloatArray] = []
-    for shift in shifts_M3[np.argsort(np.linalg.norm(shifts_M3, axis=1), kind="stable")]:
-        rest = shift
-        if basis:
-            axes = np.linalg.qr(np.array(basis).T)[0]
-            rest = shift - axes @ (axes.T @ shift)
-        # The third edge of a reduced cell rises from the plane of the first two by 0.7 of its length or more.
-        if np.linalg.norm(rest) > 0.5 * np.linalg.norm(shift):
-            basis.append(shift)
-        if len(basis) == 3:
-            return np.array(basis)
-    return None
 
 
 @njit(cache=True, nogil=True)
@@ -230,12 +216,6 @@ def _translations(cart, kinds, references, low, high, shortest, longest, toleran
     return found[:count], tests[:count], hits[:count]
 
 
-def _folded(lattice: FloatArray, frac_N3: FloatArray, frac_M3: FloatArray) -> FloatArray:
-    """[N, M] distances in angstrom modulo the lattice; right where they are far below half of its shortest vector."""
-    delta = frac_N3[:, None] - frac_M3
-    return np.asarray(np.linalg.norm((delta - np.round(delta)) @ lattice, axis=-1))
-
-
 def _fit_cell(lattice: FloatArray, cart: FloatArray, site_N: IntArray) -> tuple[FloatArray, FloatArray]:
     """The lattice and sites [K, 3] of the least squares fit of atoms cart = site + integers @ lattice."""
     first = np.unique(site_N, return_index=True)[1]
@@ -253,7 +233,7 @@ def _fold(basis: FloatArray, points: Points) -> Repeats | str:
     inner, lattice = points.inner(), compact_lattice(basis)
     for _ in range(2):
         frac = inner.cart_N3 @ np.linalg.inv(lattice)
-        _, site = connected_components(_folded(lattice, frac, frac) < points.tolerance_A, directed=False)
+        _, site = connected_components(folded_distances(lattice, frac, frac) < TOLERANCE_A, directed=False)
         lattice, sites = _fit_cell(lattice, inner.cart_N3, site)
         if abs(np.linalg.det(lattice)) < 1.0:
             return "the translations span no cell"
@@ -269,13 +249,13 @@ def _fold(basis: FloatArray, points: Points) -> Repeats | str:
     np.add.at(ballots, (site, inner.numbers_N), inner.votes_N)
     numbers = ballots.argmax(1)
     agree = np.bincount(site, numbers[site] == inner.numbers_N, len(sites))
-    cell = Repeats(lattice, sites, numbers, np.zeros(len(sites)), ballots.max(1) / np.maximum(agree, 1), 0.0)
+    cell = Repeats(lattice, sites, numbers, np.zeros(len(sites)), ballots.max(1) / np.maximum(agree, 1))
     return _supported(cell, points)
 
 
 def _supported(cell: Repeats, points: Points) -> Repeats | str:
     """The cell with the support of its sites, without those that show too few copies; or what it doesn't explain."""
-    inner, tolerance = points.inner(), points.tolerance_A
+    inner, tolerance = points.inner(), TOLERANCE_A
     low, high = MARGIN_A + 0.1, points.box_A - MARGIN_A - 0.1
     images, owner = box_images(cell.lattice_A, cell.cart_N3, low - tolerance - 0.1, high + tolerance + 0.1)
     numbers = cell.numbers_N[owner][:, None]
@@ -291,12 +271,11 @@ def _supported(cell: Repeats, points: Points) -> Repeats | str:
     least = float(np.clip(1.0 - UNCLEAR_SHARE * (1.0 - np.median(points.votes_N)), *EXPLAINED_RANGE))
     if explained < least:
         return f"the best lattice explains {explained:.2f} of the atoms in the cube, below {least:.2f}"
-    lacking = kept & ((1.0 - support) * expected > (1.0 - least) * (SITE_MISSES * expected + MISSES))
+    allowed = min(SITE_MISSES * (1.0 - least), MAX_SITE_MISSES) * expected + MISSES * (1.0 - least)
+    lacking = kept & ((1.0 - support) * expected > allowed)
     if lacking.any():
         return f"a site of the best lattice shows {support[lacking].min():.2f} of its copies"
-    return Repeats(
-        cell.lattice_A, cell.cart_N3[kept], cell.numbers_N[kept], support[kept], cell.votes_N[kept], float(explained)
-    )
+    return Repeats(cell.lattice_A, cell.cart_N3[kept], cell.numbers_N[kept], support[kept], cell.votes_N[kept])
 
 
 def box_images(lattice: FloatArray, sites_K3: FloatArray, low: float, high: float) -> tuple[FloatArray, IntArray]:
@@ -319,29 +298,3 @@ def _hides(lattice: FloatArray, box_A: float) -> bool:
     places = np.stack(np.meshgrid(grid, grid, grid, indexing="ij"), -1).reshape(-1, 3) @ lattice
     _, seen = box_images(lattice, places, MARGIN_A, box_A - MARGIN_A)
     return len(np.unique(seen)) < len(places)
-
-
-def _finer_basis(cell: Repeats, tolerance: float, share: float) -> FloatArray | None:
-    """A basis of a finer lattice that leaves `share` of the cell's sites as they are, or None where there is none."""
-    frac = cell.cart_N3 @ np.linalg.inv(cell.lattice_A)
-    kinds, counts = np.unique(cell.numbers_N, return_counts=True)
-    rare = np.flatnonzero(cell.numbers_N == kinds[counts.argmin()])
-    like = cell.numbers_N[:, None] == cell.numbers_N
-    shifts = [np.zeros(3)]
-    for other in rare[1:]:
-        shift = frac[other] - frac[rare[0]]
-        for _ in range(2):  # the second time with the mean shift between all partners
-            delta = frac[:, None] - frac - shift
-            delta -= np.round(delta)
-            distance = np.where(like, np.linalg.norm(delta @ cell.lattice_A, axis=-1), np.inf)
-            partner = distance.argmin(0)
-            found = distance.min(0) < tolerance
-            if found.any():
-                shift = shift + delta[partner, np.arange(len(frac))][found].mean(0)
-        if found.mean() >= share:
-            shifts.append(shift - np.round(shift))
-    if len(shifts) == 1:
-        return None
-    steps = np.stack(np.meshgrid(*[np.arange(-1, 2)] * 3, indexing="ij"), -1).reshape(-1, 3)
-    vectors = (np.array(shifts)[:, None] + steps).reshape(-1, 3) @ cell.lattice_A
-    return shortest_basis(vectors[np.linalg.norm(vectors, axis=1) > SHORTEST_A / 2])

@@ -2,6 +2,9 @@
 
 With structure factors S(h) = sum_a code_a exp(-2 pi i h.u_a) the density at fractional coordinates u is
 (2 pi sigma^2)^1.5 / V * sum_h exp(-sigma^2 |k_h|^2 / 2) S(h) exp(2 pi i h.u), k_h the reciprocal vector of h.
+
+Three products with waves along one axis each evaluate the series. A fast Fourier transform would fold the modes that a grid
+can't tell apart, and gain nothing where it matters: in the small cells that come here the modes are fewer than the voxels.
 """
 
 from __future__ import annotations
