@@ -159,7 +159,8 @@ def test_presets_hold_what_they_are_named_for() -> None:
     assert GridSpec.model_validate({"preset": "default"}) == GridSpec()
     assert (unit.frame, window.frame) == ("unit", "window")
     for grid in (unit, window):
-        assert (grid.shape, grid.box_A, grid.sigma_A, grid.channels) == (30, 10.0, 1.0, ("z_density",))
+        assert (grid.shape, grid.box_A, grid.sigma_A, grid.radius_A) == (30, 10.0, 1.0, 0.65)
+        assert grid.channels == ("z_density",)
         assert grid.random_rotation
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from dist_train.config import GridSpec
 from dist_train.crystal import kernels, labels
 from dist_train.crystal.elements import MAX_Z
-from dist_train.crystal.lattice import MIN_VOLUME_A3, image_offsets, plane_spacings
+from dist_train.crystal.lattice import MIN_VOLUME_A3, image_offsets, periodic_distances, plane_spacings
 from dist_train.crystal.parallel import parallel_map
 from dist_train.crystal.refine import refine
 from dist_train.crystal.structure import Crystal, wrap
@@ -33,8 +33,8 @@ Fields = tuple[str, NDArray[np.float32], NDArray[np.integer], NDArray[np.float32
 
 MIN_SCORE = 0.35
 """Share of the ball's votes below which a voxel is no atom."""
-MIN_DENSITY = 0.2
-"""Density, in heights of an atom, below which a voxel is no atom."""
+MIN_DENSITY, CLEAR_SCORE = 0.2, 0.6
+"""Density, in heights of an atom, below which a voxel is no atom, unless its score is clear."""
 LIKE_RADII, UNLIKE_RADII = 1.6, 1.2
 """Votes of the same element / of different elements nearer than this many species radii are taken for one atom's."""
 CENTROID_RADII, CENTROID_MOVES = 1.15, 3
@@ -44,8 +44,11 @@ SPHERE_STEP, SPHERE_STEPS = 0.1, 4
 """Shifts of a sphere of labels that are tried from its centroid, along each axis: how far apart in voxels, how many."""
 NETWORK_ERROR_A = 0.005
 """Part of a position's error that its votes don't show: networks shift whole spheres."""
-MISSING_HEIGHT, MISSING_ERROR_A, MAX_COMPLETIONS = 0.4, 0.2, 3
-"""Density left over, in heights of an atom, where one is missing; the error of its voxel; how often to look."""
+MISSING_HEIGHT, MISSING_AWAY, MISSING_ERROR_A, MAX_COMPLETIONS = 0.4, 0.6, 0.2, 3
+"""Density left over, in heights of an atom, where one is missing; how far from all found, in least distances of like atoms;
+the error of its voxel; how often to look."""
+FIT_ERROR_A = 0.001
+"""Atoms may come out nearer than the least distance by this."""
 MAX_ATOMS_PER_A3 = 0.5
 """Number density above which a field is no crystal; diamond, the densest at normal pressure, has 0.18."""
 MIN_SPACING_A = 0.5
@@ -161,7 +164,7 @@ class _Grid:
         voxels, scores = labels.scores(self.species, self.probability, self.ball, MIN_SCORE)
         numbers = self.species[tuple(voxels.T)].astype(np.int64)
         # Where labels are wrong at random, some balls hold many of one element by chance, but no density.
-        dense = density[tuple(voxels.T)] > MIN_DENSITY * heights[numbers]
+        dense = (density[tuple(voxels.T)] > MIN_DENSITY * heights[numbers]) | (scores > CLEAR_SCORE)
         voxels, scores, numbers = voxels[dense], scores[dense], numbers[dense]
         order = np.argsort(-scores, kind="stable")
         voxels, scores, numbers = voxels[order], scores[order], numbers[order]
@@ -177,7 +180,7 @@ class _Grid:
         cart, errors = self._place(voxels)
         for _ in range(MAX_COMPLETIONS):
             fit = refine(cart, errors, density, self.lattice, self.spec.sigma_A, heights[numbers])
-            missing = self._missing(fit.residual_DHW, heights)
+            missing = self._missing(fit.residual_DHW, heights, fit.cart_N3)
             if not len(missing) or len(numbers) + len(missing) > most:
                 return fit.cart_N3, numbers, scores
             place = tuple(missing.T)
@@ -192,15 +195,18 @@ class _Grid:
 
         A network's fields can hold such; in a crystal that the spec takes there are none.
         """
-        order, least = np.argsort(-scores, kind="stable"), self.spec.min_distance_A
+        order, least = np.argsort(-scores, kind="stable"), self.spec.min_distance_A - FIT_ERROR_A
         images, alike = image_offsets(self.lattice, least).astype(np.float64), np.zeros(len(frac), np.int64)
         return np.sort(order[labels.suppress(frac[order], alike, self.lattice, images, least, least, len(frac) + 1)])
 
-    def _missing(self, residual: NDArray[np.float32], heights: NDArray[np.float32]) -> NDArray[np.int64]:
+    def _missing(self, residual: NDArray[np.float32], heights: NDArray[np.float32], cart: FloatArray) -> NDArray[np.int64]:
         """[M, 3] voxels labelled as atoms, with density that no atom explains: one of two like atoms very close."""
         left = residual - MISSING_HEIGHT * heights.take(self.species, mode="clip")
         voxels = np.argwhere((left > 0) & (self.species > 0) & (self.probability > 0.5))
         voxels = voxels[np.argsort(-left[tuple(voxels.T)], kind="stable")]
+        if len(voxels):
+            away = periodic_distances(self.lattice, voxels / self.shape, cart @ np.linalg.inv(self.lattice)).min(axis=1)
+            voxels = voxels[away > MISSING_AWAY * self.spec.min_like_distance_A]
         alike = np.zeros(len(voxels), np.int64)
         kept = labels.suppress(voxels / self.shape, alike, self.lattice, self.images, self.like, self.like, len(voxels) + 1)
         return np.asarray(voxels[kept])

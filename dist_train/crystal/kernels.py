@@ -218,8 +218,9 @@ def _add_row(density_CDHW, channel, a, b, start, height, tables, i, j, low, high
 
 @njit(cache=True, nogil=True)
 def mark_species(centres_N3, numbers_N, basis, spacings, radius, periodic, species_DHW):  # type: ignore[no-untyped-def]
-    """Fill `species_DHW` with the number of the atom nearest to each voxel within `radius` angstrom, the first if several.
+    """Fill `species_DHW` with the number of the atom nearest to each voxel within `radius` angstrom.
 
+    Of atoms equally near, to 1e-7 of the squared distance, it is the first.
     spacings: [3] distances in angstrom between neighbouring planes of voxels.
     """
     n0, n1, n2 = species_DHW.shape
@@ -243,7 +244,7 @@ def mark_species(centres_N3, numbers_N, basis, spacings, radius, periodic, speci
                 flat = form[0, 0] * x * x + form[1, 1] * y * y + 2.0 * form[0, 1] * x * y
                 slope = 2.0 * (form[0, 2] * x + form[1, 2] * y)
                 for k in range(k0, k1 + 1):
-                    d2 = flat + (k - w) * (slope + (k - w) * form[2, 2])
+                    d2 = np.float32(flat + (k - w) * (slope + (k - w) * form[2, 2]))
                     if d2 <= radius * radius and d2 < nearest[a, b, c]:
                         nearest[a, b, c] = d2
                         species_DHW[a, b, c] = numbers_N[n]

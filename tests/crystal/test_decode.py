@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -11,11 +12,12 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from dist_train.config import GridSpec
-from dist_train.crystal.decode import Decoded, decode, decode_ideal
+from dist_train.crystal.decode import Decoded, decode, decode_all, decode_all_ideal, decode_ideal, votes
 from dist_train.crystal.frames import representable
 from dist_train.crystal.lattice import from_lengths_angles, periodic_distances
 from dist_train.crystal.structure import Crystal
 from dist_train.crystal.voxelize import voxelize
+from dist_train.errors import CrystalError
 
 SampleTable = Callable[[str], list[Crystal]]
 Fields = tuple[NDArray[np.float32], NDArray[np.uint8], NDArray[np.float32]]
@@ -52,6 +54,13 @@ def assert_recovered(crystal: Crystal, spec: GridSpec) -> None:
     assert ((decoded.confidence_N > 0.35) & (decoded.confidence_N <= 1)).all()
 
 
+def representable_of(crystals: list[Crystal], spec: GridSpec) -> Iterator[Crystal]:
+    """Without those that the spec refuses."""
+    for crystal in crystals:
+        with suppress(CrystalError):
+            yield representable(crystal, spec)
+
+
 def fields_of(crystal: Crystal, spec: GridSpec) -> Fields:
     grid = voxelize(crystal, spec)
     return grid.density_CDHW[0], grid.species_DHW, (grid.species_DHW > 0).astype(np.float32)
@@ -78,9 +87,10 @@ def test_crystals_of_many_sizes_are_recovered_exactly(sample_table: SampleTable)
     table = sample_table("materials_project")
     large = [crystal for crystal in table if 50 < len(crystal) <= 120 and crystal.volume_A3 < 1500]
     crystals = [crystal for crystal in table if len(crystal) <= 50][::25] + large[:: len(large) // 6]
-    assert len(crystals) >= 40
-    for crystal in crystals:
-        assert_recovered(representable(crystal, ADAPTIVE), ADAPTIVE)
+    held = list(representable_of(crystals, ADAPTIVE))
+    assert len(held) >= max(40, 0.95 * len(crystals))
+    for crystal in held:
+        assert_recovered(crystal, ADAPTIVE)
 
 
 def test_noisy_perovskites_are_recovered(sample_table: SampleTable) -> None:
@@ -123,6 +133,18 @@ def test_a_density_of_nothing_real_cannot_pull_atoms_away(sample_table: SampleTa
         errors = errors_A(decode("c", scrambled, species, probability, crystal.lattice_A, COARSE), crystal)
         assert errors is not None
         assert errors.max() < 0.2  # 0.5 where the residual doesn't weigh the density
+
+
+@pytest.mark.parametrize("noise", [0.1, 0.25])
+def test_a_noisy_density_under_clean_labels_adds_no_atoms(sample_table: SampleTable, noise: float) -> None:
+    rng = np.random.default_rng(3)
+    for crystal in sample_table("perov_5")[:1000:100]:
+        crystal = representable(crystal, COARSE)
+        density, species, probability = fields_of(crystal, COARSE)
+        density = density + rng.normal(0, noise, density.shape).astype(np.float32)
+        errors = errors_A(decode("c", density, species, probability, crystal.lattice_A, COARSE), crystal)
+        assert errors is not None
+        assert errors.max() < 0.2
 
 
 @pytest.mark.parametrize("table", ["perov_5", "materials_project"])
@@ -172,6 +194,68 @@ def test_bonds_of_molecules_stay_two_atoms(numbers: tuple[int, int], bond_A: flo
         assert_recovered(crystal, GridSpec(shape=16))
 
 
+PAIR_CELL = from_lengths_angles(np.array([6.0, 6.0, 7.1, 80.0, 95.0, 105.0]))
+DEFAULT = GridSpec(shape=24)
+PAPER = GridSpec.model_validate(
+    {"preset": "paper-window", "frame": "cell", "shape": 24, "random_rotation": False, "channels": ["occupancy"]}
+)
+
+
+@pytest.mark.parametrize(
+    ("spec", "numbers", "distance_A"),
+    [
+        (DEFAULT, (6, 6), DEFAULT.min_like_distance_A),
+        (DEFAULT, (6, 8), DEFAULT.min_distance_A),
+        (PAPER, (6, 6), PAPER.min_like_distance_A),
+        (PAPER, (6, 8), PAPER.min_distance_A),
+    ],
+)
+def test_atoms_as_near_as_a_spec_allows_are_told_apart(spec: GridSpec, numbers: tuple[int, int], distance_A: float) -> None:
+    rng, recovered = np.random.default_rng(0), 0
+    for _ in range(200):
+        first, bond = rng.random(3) @ PAIR_CELL, rng.normal(size=3)
+        cart = np.stack([first, first + bond / np.linalg.norm(bond) * (distance_A + 1e-6)])
+        crystal = Crystal("pair", PAIR_CELL, cart @ np.linalg.inv(PAIR_CELL), np.array(numbers))
+        representable(crystal, spec)
+        errors = errors_A(decode_ideal(crystal, spec), crystal)
+        recovered += errors is not None and errors.max() < 0.001
+    assert recovered >= 198
+
+
+# Other ways to the same
+
+
+def test_positions_come_from_the_electrons_as_well(sample_table: SampleTable) -> None:
+    spec = COARSE.model_copy(update={"channels": ("occupancy", "z_density")})
+    for crystal in representable_of(sample_table("perov_5")[20:2000:200], spec):
+        grid = voxelize(crystal, spec)
+        labels = grid.species_DHW, (grid.species_DHW > 0).astype(np.float32), crystal.lattice_A
+        errors = errors_A(decode("c", grid.density_CDHW[1], *labels, spec, "z_density"), crystal)
+        assert errors is not None
+        assert errors.max() < 0.001
+
+
+def test_votes_are_the_best_element_and_the_chance_of_any() -> None:
+    logits = np.zeros((4, 2, 1, 1), np.float32)
+    logits[:, 0, 0, 0] = [1000, 1, 3, 2]
+    logits[:, 1, 0, 0] = np.log([0.25, 0.15, 0.2, 0.4])
+    species, probability = votes(logits, (8, 22, 56))
+    assert (species.dtype, probability.dtype) == (np.uint8, np.float32)
+    np.testing.assert_array_equal(species.ravel(), [22, 56])
+    np.testing.assert_allclose(probability.ravel(), [0, 0.75], atol=1e-6)
+
+
+def test_many_are_decoded_in_order(sample_table: SampleTable) -> None:
+    crystals = [representable(crystal, COARSE) for crystal in sample_table("perov_5")[:300:100]]
+    fields = [(crystal.id, *fields_of(crystal, COARSE), crystal.lattice_A) for crystal in crystals]
+    alone = [decode_ideal(crystal, COARSE) for crystal in crystals]
+    for many in (decode_all(fields, COARSE, 1), decode_all_ideal(crystals, COARSE, 1)):
+        for found, expected in zip(many, alone, strict=True):
+            assert found.crystal is not None and expected.crystal is not None
+            assert found.crystal.id == expected.crystal.id
+            np.testing.assert_array_equal(found.crystal.frac_N3, expected.crystal.frac_N3)
+
+
 # Fields that hold no crystal
 
 
@@ -211,6 +295,16 @@ def test_one_bad_voxel_is_enough() -> None:
     density, species, probability = constant(0, 14, 1)
     density[3, 4, 5] = np.nan
     assert "not finite" in decode("c", density, species, probability, CELL, COARSE).reason
+
+
+@pytest.mark.parametrize("label", [-1, 104, 300])
+def test_labels_that_are_no_elements(label: int) -> None:
+    density, species, probability = constant(0, 14, 1)
+    labels = species.astype(np.int64)
+    labels[1, 2, 3] = label
+    decoded = decode("c", density, labels, probability, CELL, COARSE)
+    assert decoded.crystal is None
+    assert "no atomic numbers from 0 to 103" in decoded.reason
 
 
 def test_absurdly_many_atoms_are_not_believed() -> None:

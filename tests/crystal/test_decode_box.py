@@ -14,8 +14,9 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
 from dist_train.config import GridSpec
+from dist_train.crystal.cell_choice import Repeats
 from dist_train.crystal.decode_box import DecodedBox, decode_box
-from dist_train.crystal.find_lattice import Repeats, find_repeats
+from dist_train.crystal.find_lattice import find_repeats
 from dist_train.crystal.frames import placed
 from dist_train.crystal.lattice import periodic_distances
 from dist_train.crystal.structure import Crystal

@@ -208,7 +208,10 @@ def test_the_cell_is_reduced_where_asked_and_kept_where_not() -> None:
         representable(skewed, GridSpec(shape=16, niggli=False))
     kept = representable(skewed, GridSpec(shape=16, niggli=False, max_spacing_A=0.8))
     np.testing.assert_allclose(kept.lengths_angles[:3], [4, 4, np.hypot(12, 4)])
-    assert representable(skewed, GridSpec(frame="window", niggli=False)) is skewed
+    for frame in ("window", "unit"):
+        spec = GridSpec.model_validate({"frame": frame, "box_A": 9.3})
+        assert representable(skewed, spec.model_copy(update={"niggli": False})) is skewed
+        np.testing.assert_allclose(representable(skewed, spec).lengths_angles, [4, 4, 4, 90, 90, 90], atol=1e-9)
 
 
 # Random placements

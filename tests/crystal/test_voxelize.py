@@ -116,6 +116,7 @@ TINY_CUBE = crystal_of(np.eye(3) * 2.2, "Po", 5)
 ACUTE = crystal_of(cell_of(4.4, 4.4, 4.4, 60, 60, 60), "O Lr", 6)
 OBTUSE = crystal_of(cell_of(4.1, 4.1, 5.2, 90, 90, 120), "Zn S", 7)
 LEFT_HANDED = crystal_of([[0, 4.0, 0], [3.8, 0.4, 0], [0, 0.5, 4.3]], "Pb I", 8)
+NEARLY_RIGHT = crystal_of(cell_of(4.1, 4.4, 4.7, 90, 89.99, 90), "Si F", 9)
 DIAMOND = Crystal("diamond", (1 - np.eye(3)) * 1.7835, np.array([[0.1, 0.2, 0.3], [0.35, 0.45, 0.55]]), [6, 6])
 CUBIC_DIAMOND = Crystal(
     "cubic diamond",
@@ -140,12 +141,13 @@ CASES: dict[str, tuple[Crystal, GridSpec, tuple[Algorithm, ...]]] = {
     "tiny cube": (TINY_CUBE, spec_of(shape=12, sigma_A=1.0), (*PRODUCTS, *ANY_CELL)),
     "60 degrees": (ACUTE, spec_of(shape=20, sigma_A=0.6, radius_A=0.6), ANY_CELL),
     "120 degrees": (OBTUSE, spec_of(shape=15, radius_A=1.2), ANY_CELL),
+    "nearly right-angled": (NEARLY_RIGHT, spec_of(shape=15), ANY_CELL),
     "left-handed": (LEFT_HANDED, spec_of(shape="adaptive"), ANY_CELL),
     "diamond": (DIAMOND, spec_of(shape=12, sigma_A=1.0), ANY_CELL),
     "cubic diamond": (CUBIC_DIAMOND, spec_of(shape=15, sigma_A=1.0), (*PRODUCTS, *ANY_CELL)),
-    "skewed": (SKEWED, spec_of(shape=24, max_spacing_A=0.9), ("reciprocal",)),
+    "skewed": (SKEWED, spec_of(shape=15, max_spacing_A=1.5), ("reciprocal",)),
     "window": (TRICLINIC, spec_of("window"), PRODUCTS),
-    "odd window": (LONG_BOX, spec_of("window", shape=13, sigma_A=0.3, radius_A=0.8), PRODUCTS),
+    "odd window": (LONG_BOX, spec_of("window", shape=13, sigma_A=0.3, radius_A=2.0), PRODUCTS),
     "window of a skewed cell": (SKEWED, spec_of("window", shape=12), PRODUCTS),
     "window of a left-handed cell": (LEFT_HANDED, spec_of("window"), PRODUCTS),
     "window of a tiny cell": (TINY, spec_of("window", shape=15, radius_A=0.9), PRODUCTS),
