@@ -121,8 +121,8 @@ def test_refusals_name_the_key_the_value_and_the_remedy(override: str, message: 
         (("grid.random_rotation=true",), "random_rotation has no effect on the frame 'cell', whose axes turn with"),
         (("grid.frame=unit", "grid.random_origin=true"), "random_origin has no effect on the frame 'unit'"),
         (
-            ("grid.frame=window", "grid.shape=28"),
-            "box_A 9.3 on shape 28 gives a spacing of 0.3444 A, over max_spacing_A 0.3",
+            ("grid.frame=window", "grid.shape=31"),
+            "box_A 9.3 on shape 31 gives a spacing of 0.3100 A, over max_spacing_A 0.3",
         ),
         (("grid.frame=unit", "grid.box_A=0"), "grid.box_A = 0: input should be greater than 0"),
         (("grid.channels=[table]",), "grid: the channel 'table' and element_table go together: give both or neither"),
