@@ -66,14 +66,13 @@ def fields_of(crystal: Crystal, spec: GridSpec) -> Fields:
     return grid.density_CDHW[0], grid.species_DHW, (grid.species_DHW > 0).astype(np.float32)
 
 
-def noisy(fields: Fields, rng: np.random.Generator) -> Fields:
-    """Density with Gaussian noise of 5 % of an atom's height; a tenth of the voxels with another of the labels."""
+def noisy(fields: Fields, rng: np.random.Generator, noise: float = 0.05, wrong: float = 0.1) -> Fields:
+    """Density with Gaussian noise, in heights of an atom; a share of the voxels with another of the labels."""
     density, species, _ = fields
     labels = np.unique(species)
     others = (np.searchsorted(labels, species) + rng.integers(1, len(labels), species.shape)) % len(labels)
-    flipped = np.where(rng.random(species.shape) < 0.1, labels[others], species)
-    noise = rng.normal(0, 0.05, density.shape).astype(np.float32)
-    return density + noise, flipped, (flipped > 0).astype(np.float32)
+    flipped = np.where(rng.random(species.shape) < wrong, labels[others], species)
+    return density + rng.normal(0, noise, density.shape).astype(np.float32), flipped, (flipped > 0).astype(np.float32)
 
 
 def test_perovskites_are_recovered_exactly(sample_table: SampleTable) -> None:
@@ -93,17 +92,22 @@ def test_crystals_of_many_sizes_are_recovered_exactly(sample_table: SampleTable)
         assert_recovered(crystal, ADAPTIVE)
 
 
-def test_noisy_perovskites_are_recovered(sample_table: SampleTable) -> None:
+# The last two hold the noise of a density in which nothing is seen: positions come from the labels alone.
+@pytest.mark.parametrize(
+    ("noise", "wrong", "bound_A"), [(0.05, 0.1, 0.012), (0.05, 0.3, 0.015), (3, 0, 0.018), (3, 0.1, 0.029)]
+)
+def test_noisy_perovskites_are_recovered(sample_table: SampleTable, noise: float, wrong: float, bound_A: float) -> None:
     rng = np.random.default_rng(0)
     crystals = [representable(crystal, COARSE) for crystal in sample_table("perov_5")[:3600:120]]
     assert len(crystals) == 30
+    damaged = [noisy(fields_of(crystal, COARSE), rng, noise, wrong) for crystal in crystals]
     results = [
-        errors_A(decode(crystal.id, *noisy(fields_of(crystal, COARSE), rng), crystal.lattice_A, COARSE), crystal)
-        for crystal in crystals
+        errors_A(decode(crystal.id, *fields, crystal.lattice_A, COARSE), crystal)
+        for crystal, fields in zip(crystals, damaged, strict=True)
     ]
     exact = [errors for errors in results if errors is not None]
-    assert len(exact) >= 0.95 * len(crystals)
-    assert rms(np.concatenate(exact)) <= 0.015
+    assert len(exact) >= (0.95 if wrong <= 0.1 else 0.85) * len(crystals)
+    assert rms(np.concatenate(exact)) <= bound_A
 
 
 def test_lower_confidence_where_labels_are_noisy(sample_table: SampleTable) -> None:
@@ -220,6 +224,26 @@ def test_atoms_as_near_as_a_spec_allows_are_told_apart(spec: GridSpec, numbers: 
         errors = errors_A(decode_ideal(crystal, spec), crystal)
         recovered += errors is not None and errors.max() < 0.001
     assert recovered >= 198
+
+
+def test_atoms_nearer_than_a_spec_allows_are_one() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        first, bond = rng.random(3) @ PAIR_CELL, rng.normal(size=3)
+        cart = np.stack([first, first + bond / np.linalg.norm(bond) * (DEFAULT.min_distance_A - 0.03)])
+        found = decode_ideal(Crystal("pair", PAIR_CELL, cart @ np.linalg.inv(PAIR_CELL), np.array([6, 8])), DEFAULT).crystal
+        assert found is not None
+        assert len(found) == 1
+
+
+@pytest.mark.parametrize(("probability", "atoms"), [(1.0, 2), (0.5, 1)])
+def test_labels_without_density_are_believed_only_where_they_are_clear(probability: float, atoms: int) -> None:
+    both = Crystal("two", np.eye(3) * 4.8, np.array([[0.2, 0.3, 0.4], [0.7, 0.8, 0.9]]), np.array([14, 8]))
+    _, species, labelled = fields_of(both, COARSE)
+    density, *_ = fields_of(replace(both, frac_N3=both.frac_N3[:1], numbers_N=both.numbers_N[:1]), COARSE)
+    found = decode("c", density, species, np.where(species == 8, probability, labelled), both.lattice_A, COARSE).crystal
+    assert found is not None
+    assert len(found) == atoms
 
 
 # Other ways to the same
@@ -356,4 +380,4 @@ def test_atoms_everywhere_are_no_crystal() -> None:
         "x", np.ones((32, 32, 32), np.float32), everywhere, np.ones((32, 32, 32), np.float32), np.eye(3) * 9.6, GridSpec()
     )
     assert found.crystal is None
-    assert "atoms found" in found.reason
+    assert "over 442 atoms found" in found.reason  # 0.5 in a cubic angstrom
