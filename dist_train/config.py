@@ -17,6 +17,7 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+SplitName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 Channel = Literal["occupancy", "z_density", "period", "group", "f_block", "table"]
 ElementTable = Annotated[
     tuple[tuple[str, tuple[float, ...]], ...],
@@ -121,22 +122,47 @@ GRID_PRESETS: dict[str, dict[str, Any]] = {
 
 
 class DataConfig(Section):
-    """What is read, how it is split and where the shards lie."""
+    """What is read, how it is split, what the samples hold and where the shards lie."""
 
     inputs: tuple[str, ...] = ()
-    """CIF files, folders of CIF files (searched recursively) and Parquet tables."""
+    """Folders (searched recursively), globs and files: CIF, POSCAR, extxyz (also .gz), tar and zip archives of them, Parquet
+    tables, folders of shards; on a disk or as fsspec URLs such as s3://bucket/folder."""
+    licences: dict[str, str] = {}
+    """Where inputs come from and under which licence, by their names in `inputs`; a line of dataset_card.md each."""
     shards: Path = Path("runs/shards")
-    """Folder of the tar shards, `index.json` and `rejected.csv`."""
-    splits: dict[str, Fraction] = {"train": 0.9, "val": 0.05, "test": 0.05}
+    """Folder of the tar shards, `index.json`, `rejected.csv` and `dataset_card.md`."""
+    splits: dict[SplitName, Fraction] = {"train": 0.9, "val": 0.05, "test": 0.05}
     """Share of each split; a crystal goes by the hash of its reduced formula, so polymorphs stay together."""
+    split_column: str | None = None
+    """Column of the tables (or `split` of shards) that names each crystal's split; `splits` then has no effect."""
+    split_ids: dict[SplitName, Path] = {}
+    """Files of ids, one a line: these crystals go to that split, all others by `splits` or `split_column`."""
+    drop_duplicates: bool = False
+    """Keep the first of crystals with the same reduced cell and atoms; the others are rejected and counted."""
+    duplicate_tolerance_A: Positive = 0.01
+    """Largest root mean square distance in angstrom between the atoms of duplicates."""
+    store: Literal["grids", "structures"] = "grids"
+    """'grids': density, species and structure; 'structures': the structure alone, voxelised when it is read."""
+    encoding: Literal["raw", "compact"] = "raw"
+    """Grids as float16 and uint8 .npy members, or 'compact': uint8 of the density's square root, both under zstd."""
+    copies: Count = 1
+    """Samples of each crystal, each with its own random rotation or origin (see grid.random_rotation, random_origin)."""
     samples_per_shard: Count = 256
-    """Crystals in a shard; the last one of a split may hold fewer."""
+    """Samples in a shard; the last one of a split may hold fewer."""
     max_rejected_fraction: Fraction = 0.1
     """The job fails, after its report, when a larger share of the inputs is rejected."""
+    seconds_per_file: Positive = 20.0
+    """A file or table row that takes longer to read and check is rejected; the process that reads it is ended."""
+    memory_per_file_MB: Count = 2000
+    """The same for one that needs more memory."""
     workers: Count = 2
-    """Ray workers, one CPU each, of a cluster that the job starts for itself."""
+    """Ray workers of a cluster that the job starts for itself; a cluster that it joins is used whole."""
     ray_address: str | None = None
-    """Address of a running Ray cluster ('auto' finds it); null starts a local one."""
+    """Address of a running Ray cluster ('auto' finds it); null takes RAY_ADDRESS, as in a Ray job, or starts a local one."""
+    cpus_per_task: Positive = 1.0
+    """CPUs that Ray reserves for each task."""
+    memory_per_task_MB: Count | None = None
+    """Memory that Ray reserves for each task; null reserves none."""
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -254,6 +280,15 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     engine: EngineConfig = EngineConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _copies_differ(self) -> Self:
+        if self.data.copies > 1 and not (self.grid.random_rotation or self.grid.random_origin):
+            raise ValueError(
+                f"data.copies {self.data.copies} would be equal: set grid.random_origin (cells, windows) or "
+                "grid.random_rotation (windows, units)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _grid_halves(self) -> Self:
