@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -52,7 +52,8 @@ REAL: tuple[tuple[str, str, dict[str, Any], float | None], ...] = (
 
 @dataclass(frozen=True)
 class Row:
-    """A measurement: `value` in `unit`; `ratio` is reference / value; `holds` tells whether it reaches the target."""
+    """A measurement: `value` in `unit`; `ratio` tells how many times better than `reference`; `holds`, whether it reaches
+    the target."""
 
     case: str
     value: float
@@ -63,11 +64,10 @@ class Row:
     holds: bool | None = None
 
 
-def run(names: Sequence[str], sample: Path) -> list[dict[str, object]]:
-    """The rows of the named benchmarks, ready for JSON. sample: the folder of the shipped crystals."""
-    benches: dict[str, Callable[[Path], Iterator[Row]]] = {"voxelize": _voxelize, "decode": _decode}
+def core_rows(name: str, sample: Path) -> Iterator[Row]:
+    """The rows of the benchmark 'voxelize' or 'decode'. sample: the folder of the shipped crystals."""
     with threadpool_limits(1):
-        return [asdict(row) for name in names for row in benches[name](sample)]
+        yield from {"voxelize": _voxelize, "decode": _decode}[name](sample)
 
 
 def naive_grid(crystal: Crystal, spec: GridSpec) -> tuple[np.ndarray, np.ndarray]:

@@ -55,6 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_config(verbs)
     _add_voxelize(verbs)
     _add_verify(verbs)
+    _add_inspect(verbs)
     _add_train(verbs)
     _add_register(verbs)
     _add_evaluate(verbs)
@@ -135,25 +136,53 @@ def _add_voxelize(verbs: Verbs) -> None:
         "settings is left as it is; an interrupted job goes on where it stopped.",
     )  # fmt: skip
     _config_options(parser)
+    parser.add_argument("--address", help="running Ray cluster to join, 'auto' finds it; short for data.ray_address")
     parser.set_defaults(run=_voxelize)
 
 
 def _voxelize(options: argparse.Namespace) -> str:
     from dist_train.commands.shards import voxelize
 
-    return voxelize(_load(options))
+    if options.address:
+        options.set.append(f"data.ray_address={options.address}")
+    config = _load(options)
+    return voxelize(config.data, config.grid)
 
 
 def _add_verify(verbs: Verbs) -> None:
-    parser = _verb(verbs, "verify", "check shards against their index: sizes and hashes")
+    parser = _verb(
+        verbs, "verify", "check shards against their index, byte for byte and sample for sample",
+        "Names every damaged shard and sample; exit code 2 where there are any that were not repaired.",
+    )  # fmt: skip
     parser.add_argument("shards", type=Path, help="folder with index.json")
+    parser.add_argument("--quick", action="store_true", help="sizes and hashes only")
+    parser.add_argument("--quarantine", action="store_true", help="move damaged shards to SHARDS/quarantined")
+    parser.add_argument("--repair", action="store_true", help="move them, and build them again from the run's inputs")
+    parser.add_argument("--workers", type=_count, default=os.cpu_count() or 1, help="processes")
     parser.set_defaults(run=_verify)
 
 
 def _verify(options: argparse.Namespace) -> str:
     from dist_train.commands.shards import verify_shards
 
-    return verify_shards(options.shards)
+    return verify_shards(options.shards, options.workers, options.quick, options.quarantine, options.repair)
+
+
+def _add_inspect(verbs: Verbs) -> None:
+    parser = _verb(
+        verbs, "inspect", "show one sample of shards as numbers and a picture",
+        "Structure, grid, channels, species and what the decoder gives back; slices and projections with the atoms on top.",
+    )  # fmt: skip
+    parser.add_argument("shards", type=Path, help="folder with index.json")
+    parser.add_argument("sample", nargs="?", help="key of the sample or id of the crystal; without it, the first sample")
+    parser.add_argument("--out", type=Path, default=Path("sample.png"), metavar="PNG", help="picture to write")
+    parser.set_defaults(run=_inspect)
+
+
+def _inspect(options: argparse.Namespace) -> str:
+    from dist_train.commands.shards import inspect_shards
+
+    return inspect_shards(options.shards, options.sample, options.out)
 
 
 def _add_train(verbs: Verbs) -> None:
@@ -233,8 +262,8 @@ def _generate(options: argparse.Namespace) -> str:
 
 
 def _add_bench(verbs: Verbs) -> None:
-    parser = _verb(verbs, "bench", "measure the speed of the crystal core on this machine, beside the targets")
-    parser.add_argument("names", nargs="+", choices=("voxelize", "decode"), help="what to measure")
+    parser = _verb(verbs, "bench", "measure the speed of the project's core on this machine, beside the targets")
+    parser.add_argument("names", nargs="+", choices=("voxelize", "decode", "shard"), help="what to measure")
     parser.add_argument("--json", action="store_true", help="print one JSON object with `rows` instead of a table")
     parser.add_argument("--sample", type=Path, default=Path("data/sample"), help="folder of the shipped crystals")
     parser.set_defaults(run=_bench)
@@ -242,9 +271,16 @@ def _add_bench(verbs: Verbs) -> None:
 
 def _bench(options: argparse.Namespace) -> str:
     import json
+    from dataclasses import asdict
 
-    from dist_train.bench import run
-    from dist_train.tables import bench_table
+    from dist_train.bench import core_rows
+    from dist_train.bench_shard import shard_rows
+    from dist_train.tables import bench_line
 
-    rows = run(options.names, options.sample)
-    return json.dumps({"rows": rows}, indent=1) if options.json else bench_table(rows)
+    rows = []
+    for name in options.names:
+        for row in shard_rows(options.sample) if name == "shard" else core_rows(name, options.sample):
+            rows.append(asdict(row))
+            if not options.json:
+                print(bench_line(rows[-1]), flush=True)
+    return json.dumps({"rows": rows}, indent=1) if options.json else ""

@@ -17,13 +17,19 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-SplitName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+SPLIT_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
+SplitName = Annotated[str, Field(pattern=SPLIT_NAME)]
 Channel = Literal["occupancy", "z_density", "period", "group", "f_block", "table"]
 ElementTable = Annotated[
     tuple[tuple[str, tuple[float, ...]], ...],
     BeforeValidator(lambda given: tuple(given.items()) if isinstance(given, dict) else given),
     PlainSerializer(dict),
 ]
+
+
+def is_split_name(name: str) -> bool:
+    """Whether a split may have this name: it becomes a part of file names and keys."""
+    return re.fullmatch(SPLIT_NAME, name) is not None
 
 
 class Section(BaseModel):
@@ -134,7 +140,7 @@ class DataConfig(Section):
     splits: dict[SplitName, Fraction] = {"train": 0.9, "val": 0.05, "test": 0.05}
     """Share of each split; a crystal goes by the hash of its reduced formula, so polymorphs stay together."""
     split_column: str | None = None
-    """Column of the tables (or `split` of shards) that names each crystal's split; `splits` then has no effect."""
+    """Column of the tables that names each crystal's split; `splits` then has no effect."""
     split_ids: dict[SplitName, Path] = {}
     """Files of ids, one a line: these crystals go to that split, all others by `splits` or `split_column`."""
     drop_duplicates: bool = False

@@ -24,7 +24,7 @@ class Progress:
             disable=not shown or self._lines,
         )  # fmt: skip
         self._label, self._total, self._unit, self._done, self._initial = label, total, unit, initial, initial
-        self._figures = ""
+        self._figures, self._shown = "", -1
         self._began = self._printed = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -32,7 +32,7 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
-        if self._lines:
+        if self._lines and self._shown != self._done:
             self._print()
 
     def update(self, n: int = 1, **figures: object) -> None:
@@ -46,7 +46,7 @@ class Progress:
             self._print()
 
     def _print(self) -> None:
-        self._printed = time.monotonic()
+        self._printed, self._shown = time.monotonic(), self._done
         line = tqdm.format_meter(
             self._done, self._total, self._printed - self._began, prefix=f"{self._label:>12}", unit=f" {self._unit}",
             initial=self._initial, ncols=120, ascii=" #", postfix=self._figures,

@@ -19,9 +19,20 @@ LAYERS = (
     ("crystal",),
     ("models",),
     ("shards",),
-    ("training", "generate", "evaluate", "report", "evaluate_report", "figures", "tables", "bench"),
+    (
+        "training",
+        "generate",
+        "evaluate",
+        "report",
+        "evaluate_report",
+        "figures",
+        "tables",
+        "bench",
+        "dataset_card",
+        "inspect_sample",
+    ),
     ("backends",),
-    ("commands",),
+    ("commands", "bench_shard"),
     ("demo",),
     ("cli",),
     ("__main__",),
@@ -29,12 +40,13 @@ LAYERS = (
 """From the ground up; a module imports only from its own layer or from below it."""
 
 ENGINES = {
-    "ray": "backends/ray_voxelize.py",
+    "ray": "backends/ray_voxelize.py backends/ray_data.py",
     "deepspeed": "backends/deepspeed_engine.py",
     "mlflow": "backends/mlflow_tracker.py",
     "pymatgen": "crystal/interop.py",
     "smact": "crystal/validity.py",
     "ase": "crystal/interop.py",
+    "gemmi": "crystal/cif.py",
 }
 
 
@@ -79,9 +91,9 @@ def test_modules_import_only_from_their_layer_or_below(path: Path) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_each_engine_is_imported_in_one_file(engine: str) -> None:
+def test_each_engine_is_imported_in_its_files_alone(engine: str) -> None:
     users = {str(path.relative_to(PACKAGE)) for path in FILES for used in imports(path) if used.split(".")[0] == engine}
-    assert users == {ENGINES[engine]}
+    assert users == {*ENGINES[engine].split()}
 
 
 def loaded_after(code: str) -> set[str]:

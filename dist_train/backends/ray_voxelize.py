@@ -1,4 +1,4 @@
-"""Voxelising on Ray: scan tasks, then one idempotent task a shard. The only file that imports ray.
+"""Voxelising on Ray: scan tasks, then one idempotent task a shard.
 
 A task raises nothing for a bad crystal (it returns a `Rejected` row) and writes nothing that another task writes, so Ray
 may retry it, and a second run redoes only what is missing.
@@ -8,50 +8,92 @@ from __future__ import annotations
 
 import csv
 import errno
+import hashlib
 import io
+import json
 import os
+import re
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+import numpy as np
 
 from dist_train import __version__
-from dist_train.config import RunConfig
+from dist_train.config import DataConfig, GridSpec
+from dist_train.crystal.elements import NUMBERS
+from dist_train.dataset_card import Card, write_card
 from dist_train.errors import DataError, DistTrainError, ShardError
 from dist_train.files import write_text
 from dist_train.progress import Progress
-from dist_train.shards.index import INDEX_NAME, REJECTED_NAME, Index, config_hash
+from dist_train.shards.index import INDEX_NAME, REJECTED_NAME, Index, ShardRecord, config_hash
 from dist_train.shards.plan import (
-    Chunk,
-    Rejected,
-    ShardTask,
-    discover,
+    alike,
+    distinct,
+    find_duplicates,
     plan_shards,
-    scan_chunk,
+    read_split_ids,
+    split_rows,
+    without,
 )
+from dist_train.shards.scan import Rejected, Row, read_scan, scan_chunk
+from dist_train.shards.sources import Found, discover
 from dist_train.shards.writer import build_shard
 
 WORK_NAME = ".work"
 OBJECT_STORE_BYTES = 100 * 2**20
 """Tasks exchange rows, not grids: Ray's smallest store is enough."""
+MAX_RETRIES = 5
+"""Of a task whose worker or node is lost; a task that fails by itself isn't retried."""
+GROUPS_PER_TASK = 64
+DECIDING = {
+    "inputs", "splits", "split_column", "split_ids", "drop_duplicates", "duplicate_tolerance_A", "store", "encoding",
+    "copies", "samples_per_shard", "seconds_per_file", "memory_per_file_MB",
+}  # fmt: skip
+"""Settings that decide the bytes; workers and addresses don't."""
 
 
-def voxelize(config: RunConfig) -> Index:
-    """Voxelise `config.data.inputs` into `config.data.shards` and return the finished index.
+def repair(index: Index, workers: int) -> Index:
+    """Build missing and damaged shards of a finished run again, from its own settings and inputs."""
+    data = DataConfig.model_validate(index.config["data"] | {"shards": index.root, "workers": workers})
+    return voxelize(data, index.grid)
+
+
+def voxelize(data: DataConfig, grid: GridSpec, cluster: Cluster | None = None) -> Index:
+    """Voxelise `data.inputs` into `data.shards` and return the finished index; on a given cluster, or one for this job.
 
     Raises DataError where nothing is found or too much is rejected, ShardError where the folder holds another run or
     the disk is full.
     """
-    root = config.data.shards
-    chunks = discover(config.data.inputs)
-    resolved = {"data": _what(config), "grid": config.grid.model_dump(mode="json"), "inputs": _fingerprint(chunks)}
+    data = data.model_copy(update={"shards": data.shards.absolute()})  # a worker may have another working directory
+    root = data.shards
+    found = discover(data.inputs)
+    resolved = {
+        "data": data.model_dump(mode="json", include=DECIDING),
+        "grid": grid.model_dump(mode="json"),
+        # Other inputs under the same paths are noticed by their sizes.
+        "read": {
+            "files": len(found.sizes),
+            "bytes": sum(found.sizes.values()),
+            "sizes_sha256": _digest(found.sizes),
+            "split_ids_sha256": _digest(read_split_ids(data.split_ids)),
+        },
+    }
     digest = config_hash(resolved)
-    if (done := _existing(root, digest)) is not None:
-        return done
+    index = _existing(root, digest)
+    if index and _is_whole(index):
+        shutil.rmtree(root / WORK_NAME, ignore_errors=True)  # left by a kill just after the index was written
+        return index
     work = _open_work(root, digest)
+    for record in index.shards if index else ():
+        write_text(work / f"{record.name}.json", record.to_json())  # what is still whole isn't built again
     try:
-        index = _run(config, chunks, resolved, digest, work)
+        with nullcontext(cluster) if cluster else Cluster(data) as ray:
+            index = _run(ray, data, grid, found, resolved, digest, work)
     finally:
         # A task that was ended in the middle of a file can't tidy up after itself.
         for leaving in work.glob(".*.tmp"):
@@ -61,32 +103,97 @@ def voxelize(config: RunConfig) -> Index:
     return index
 
 
-def _run(config: RunConfig, chunks: list[Chunk], resolved: dict[str, Any], digest: str, work: Path) -> Index:
+def _run(
+    ray: Cluster, data: DataConfig, grid: GridSpec, found: Found, resolved: dict[str, Any], digest: str, work: Path
+) -> Index:
     """Scan, plan and build; the index of what is then on disk."""
-    root, grid = config.data.shards, config.grid
-    with _Ray(config) as ray_map:
-        scans = [(part, chunk, work, grid, config.data.splits) for part, chunk in enumerate(chunks)]
-        tasks, rejected = plan_shards(ray_map("scan", scan_chunk, scans, [len(c) for c in chunks]), config.data)
-        _write_rejected(root, rejected)
-        _check_rejected(root, sum(map(len, chunks)), rejected, config.data.max_rejected_fraction)
-        builds = [(task, root, work, grid) for task in tasks]
-        records = ray_map("voxelise", build_shard, builds, [len(t.rows) for t in tasks])
-    return Index(root, resolved, digest, __version__, _counts(chunks, tasks, rejected), tuple(records))
+    root = data.shards
+    refused = [Rejected(file, given, file, "parse", f"{file}: {reason}") for given, file, reason in found.refused]
+    _scan(ray, found, data, grid, work)
+    results = (result for part in range(len(found.chunks)) if (result := read_scan(work, part)))
+    rows, rejected = distinct(results)
+    groups = alike(rows) if data.drop_duplicates else []
+    batches = [groups[start : start + GROUPS_PER_TASK] for start in range(0, len(groups), GROUPS_PER_TASK)]
+    same = ray.map(
+        "duplicates", find_duplicates, [(batch, work, data.duplicate_tolerance_A) for batch in batches],
+        [sum(map(len, batch)) for batch in batches],
+    )  # fmt: skip
+    rows, doubled = without(rows, dict(pair for pairs in same for pair in pairs))
+    splits, unnamed = split_rows(rows, data)
+    rejected = [*refused, *rejected, *doubled, *unnamed]
+    accepted = sum(map(len, splits.values()))
+    _write_rejected(root, rejected)
+    _check_rejected(root, accepted + len(rejected), rejected, data.max_rejected_fraction)
+    tasks = plan_shards(splits, data)
+    records = ray.map(
+        "voxelise" if data.store == "grids" else "write", build_shard,
+        [(task, root, work, data, grid) for task in tasks], [len(task.entries) for task in tasks],
+    )  # fmt: skip
+    counts = {
+        "inputs": accepted + len(rejected),
+        "accepted": accepted,
+        "rejected": len(rejected),
+        **{f"rejected_{stage}": sum(r.stage == stage for r in rejected) for stage in ("parse", "grid", "plan")},
+        "duplicates": len(doubled),
+        "ignored_files": found.ignored,
+        "listed_ids_not_found": len(read_split_ids(data.split_ids).keys() - {row.id for row in rows}),
+        "samples": accepted * data.copies,
+    }
+    write_card(root, _card(data, resolved, digest, counts, splits, rejected, records))
+    return Index(root, resolved, digest, __version__, counts, tuple(records))
 
 
-def _what(config: RunConfig) -> dict[str, Any]:
-    """The settings that decide the bytes; workers and addresses don't."""
-    return config.data.model_dump(mode="json", include={"inputs", "splits", "samples_per_shard"})
+def _scan(ray: Cluster, found: Found, data: DataConfig, grid: GridSpec, work: Path) -> None:
+    """Scan the chunks whose results aren't there yet."""
+    missing = [part for part in range(len(found.chunks)) if read_scan(work, part) is None]
+    ray.map(
+        "scan", scan_chunk, [(part, found.chunks[part], work, data, grid) for part in missing],
+        [len(found.chunks[part]) for part in missing],
+        lambda counts: {"accepted": counts[0], "rejected": counts[1]},
+    )  # fmt: skip
 
 
-def _fingerprint(chunks: Iterable[Chunk]) -> list[tuple[str, int]]:
-    """Name and size of every input file, so that other inputs under the same path are noticed."""
-    files = {(chunk.root / name) for chunk in chunks for name in chunk.files}
-    return sorted((str(path), path.stat().st_size if path.exists() else 0) for path in files)
+def _digest(value: dict[str, Any]) -> str:
+    """SHA-256 of a mapping, whatever its order; '' of an empty one."""
+    return hashlib.sha256(json.dumps(sorted(value.items())).encode()).hexdigest() if value else ""
+
+
+def _card(
+    data: DataConfig, resolved: dict[str, Any], digest: str, counts: dict[str, int], splits: dict[str, list[Row]],
+    rejected: Sequence[Rejected], records: Sequence[ShardRecord],
+) -> Card:  # fmt: skip
+    rows = [row for members in splits.values() for row in members]
+    taken, refused = Counter(row.input for row in rows), Counter(r.input for r in rejected)
+    elements = Counter(NUMBERS[symbol] for row in rows for symbol in re.findall("[A-Z][a-z]?", row.formula))
+    kinds = Counter((r.stage, _kind_of(r)) for r in rejected)
+    shapes = Counter(sample.shape for record in records for sample in record.samples)
+    return Card(
+        config=resolved,
+        config_hash=digest,
+        code_version=__version__,
+        counts=counts,
+        splits={split: (len(members), len(members) * data.copies) for split, members in splits.items()},
+        sources=[
+            (given, data.licences.get(given, ""), taken[given], refused[given]) for given in dict.fromkeys(data.inputs)
+        ],
+        rejected_reasons=[(*kind, count) for kind, count in kinds.most_common()],
+        atoms=np.array([row.atoms for row in rows]),
+        volumes_A3=np.array([row.volume_A3 for row in rows]),
+        elements=dict(elements),
+        split_of=np.repeat(np.arange(len(splits)), [len(members) for members in splits.values()]),
+        shapes={(d, h, w): count for (d, h, w), count in shapes.items()} if data.store == "grids" else {},
+        bytes=sum(record.bytes for record in records),
+    )
+
+
+def _kind_of(rejected: Rejected) -> str:
+    """The reason without what differs from one crystal to the next."""
+    text = rejected.reason.removeprefix(f"{rejected.id}: ")
+    return re.sub(r"'[^']*'|\[[^\]]*\]", "...", re.sub(r"[-+]?\d[\d.,]*(e[-+]?\d+)?", "#", text))[:120]
 
 
 def _existing(root: Path, digest: str) -> Index | None:
-    """The finished index, where the folder holds just what is asked for; None where shards are still to be made."""
+    """The index, where the folder holds just what is asked for; None where it holds nothing or an unfinished job."""
     if not (root / INDEX_NAME).exists():
         strangers = sorted(entry.name for entry in root.iterdir()) if root.is_dir() else []
         if strangers and WORK_NAME not in strangers:
@@ -95,15 +202,19 @@ def _existing(root: Path, digest: str) -> Index | None:
                 "shards; set data.shards to a new folder"
             )
         return None
-    shutil.rmtree(root / WORK_NAME, ignore_errors=True)  # left by a kill just after the index was written
     index = Index.read(root)
     if index.config_hash != digest:
         raise ShardError(
             f"output folder {root} holds another run (config {index.config_hash}, this one is {digest}); "
             "set data.shards to a new folder or remove that one"
         )
-    whole = all((root / s.name).is_file() and (root / s.name).stat().st_size == s.bytes for s in index.shards)
-    return index if whole else None
+    return index
+
+
+def _is_whole(index: Index) -> bool:
+    """Whether all shards are there in their sizes; `dist-train verify` reads them."""
+    paths = ((index.root / shard.name, shard.bytes) for shard in index.shards)
+    return all(path.is_file() and path.stat().st_size == size for path, size in paths)
 
 
 def _open_work(root: Path, digest: str) -> Path:
@@ -138,55 +249,69 @@ def _check_rejected(root: Path, inputs: int, rejected: Sequence[Rejected], limit
         )
 
 
-def _counts(chunks: Sequence[Chunk], tasks: Sequence[ShardTask], rejected: Sequence[Rejected]) -> dict[str, int]:
-    inputs, accepted = sum(map(len, chunks)), sum(len(task.rows) for task in tasks)
-    assert inputs == accepted + len(rejected), (inputs, accepted, len(rejected))
-    stages = {f"rejected_{stage}": sum(r.stage == stage for r in rejected) for stage in ("parse", "grid", "plan")}
-    return {"inputs": inputs, "accepted": accepted, "rejected": len(rejected), **stages}
+class Cluster:
+    """A context that joins a Ray cluster, or starts one, when the first tasks are mapped, and leaves it at the end."""
 
+    def __init__(self, data: DataConfig) -> None:
+        self.data = data
+        self.in_flight = 0
 
-class _Ray:
-    """A context with a Ray cluster (joined, or started for this job) that yields an ordered parallel map."""
+    def __enter__(self) -> Self:
+        return self
 
-    def __init__(self, config: RunConfig) -> None:
-        self.config = config
+    def __exit__(self, *_: object) -> None:
+        if self.in_flight:
+            import ray
 
-    def __enter__(self) -> Callable[..., list[Any]]:
+            ray.shutdown()
+
+    def _start(self) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         import ray
 
-        data = self.config.data
+        data = self.data
+        # A job submitted to a cluster finds it there.
+        address = data.ray_address or os.environ.get("RAY_ADDRESS")
         own = {"num_cpus": data.workers, "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
-        if data.ray_address:
-            _check_reachable(data.ray_address)
+        if address:
+            _check_reachable(address)
         try:
-            # 'local' starts a cluster even where the environment or the machine knows another.
-            ray.init(
-                address=data.ray_address or "local", logging_level="ERROR", log_to_driver=False,
-                **({} if data.ray_address else own),
-            )  # fmt: skip
+            # 'local' starts a cluster even where the machine knows another.
+            ray.init(address=address or "local", logging_level="ERROR", log_to_driver=False, **({} if address else own))
         except (ConnectionError, RuntimeError, ValueError) as error:
-            where = data.ray_address or "a local cluster"
+            where = address or "a local cluster"
             raise DistTrainError(f"Ray could not be reached ({where}): {error}; check data.ray_address") from None
-        return self.map
+        cpus = ray.cluster_resources().get("CPU", 0.0)
+        self.in_flight = 2 + 2 * int(cpus / data.cpus_per_task)
+        if cpus < data.cpus_per_task:
+            raise DistTrainError(
+                f"the Ray cluster has {cpus:g} CPUs, a task needs data.cpus_per_task {data.cpus_per_task:g}"
+            )
 
-    def __exit__(self, *_: object) -> None:
+    def map(
+        self, label: str, function: Callable[..., Any], arguments: list[tuple[Any, ...]], sizes: list[int],
+        figures: Callable[[Any], dict[str, int]] = lambda result: {},
+    ) -> list[Any]:  # fmt: skip
+        """function(*a) for every a as Ray tasks, in order; a bounded number is in flight.
+
+        sizes: crystals of each. figures: counts in a task's result, whose sums are shown behind the progress bar.
+        """
+        if not arguments:
+            return []
+        if not self.in_flight:
+            self._start()
         import ray
 
-        ray.shutdown()
-
-    def map(self, label: str, function: Callable[..., Any], arguments: list[tuple[Any, ...]], sizes: list[int]) -> list[Any]:
-        """function(*a) for every a as Ray tasks, in order; a bounded number is in flight; progress in crystals."""
-        import ray
-
-        task = ray.remote(num_cpus=1, max_retries=3)(function)
+        memory = {"memory": self.data.memory_per_task_MB * 10**6} if self.data.memory_per_task_MB else {}
+        task = ray.remote(num_cpus=self.data.cpus_per_task, max_retries=MAX_RETRIES, **memory)(function)
         results: list[Any] = [None] * len(arguments)
+        totals: Counter[str] = Counter()
         flying: dict[Any, int] = {}
         waiting = iter(range(len(arguments)))
         with Progress(label, sum(sizes), "crystals") as progress:
             while True:
-                while len(flying) < 4 * self.config.data.workers and (place := next(waiting, None)) is not None:
+                while len(flying) < self.in_flight and (place := next(waiting, None)) is not None:
                     flying[task.remote(*arguments[place])] = place
                 if not flying:
                     return results
@@ -194,17 +319,23 @@ class _Ray:
                 place = flying.pop(ready)
                 try:
                     results[place] = ray.get(ready)
-                except ray.exceptions.RayTaskError as error:
-                    raise self._readable(error) from None
-                progress.update(sizes[place])
+                except ray.exceptions.RayError as error:
+                    raise self._readable(label, error) from None
+                totals.update(figures(results[place]))
+                progress.update(sizes[place], **totals)
 
-    def _readable(self, error: Any) -> Exception:
+    def _readable(self, label: str, error: Any) -> Exception:
         """A task's error as the user should see it."""
-        cause = error.cause
+        cause = getattr(error, "cause", None)
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            root = self.config.data.shards
+            root = self.data.shards
             return ShardError(
                 f"the disk of {root} is full; free space and run the same command again: it goes on from there"
+            )
+        if cause is None:
+            return DistTrainError(
+                f"{label}: the workers of a task were lost {MAX_RETRIES + 1} times ({' '.join(str(error).split())[:300]}); "
+                "run the same command again: it goes on from there"
             )
         return cause if isinstance(cause, DistTrainError) else error
 

@@ -27,8 +27,9 @@ from dist_train.models.export import read_bundle
 from dist_train.models.reconstruct import Codec
 from dist_train.progress import Progress
 from dist_train.shards.index import Index
-from dist_train.shards.plan import discover, read_chunk, split_of
+from dist_train.shards.plan import split_of
 from dist_train.shards.reader import ShardReader
+from dist_train.shards.sources import discover, units
 
 
 def load_codec(model: str, tracking_uri: str | None) -> tuple[Codec, dict[str, Any]]:
@@ -46,12 +47,14 @@ def load_codec(model: str, tracking_uri: str | None) -> tuple[Codec, dict[str, A
 
 
 def read_crystals(inputs: Iterable[str], grid: GridSpec) -> list[Crystal]:
-    """The crystals of CIF folders, files and Parquet tables. Raises CrystalError for the first that can't be read."""
-    crystals = []
-    for chunk in discover(inputs):
-        for _, file, crystal in read_chunk(chunk, grid.max_atoms):
+    """The crystals of folders, files, archives and tables. Raises CrystalError for the first that can't be read."""
+    found, crystals = discover(inputs), []
+    for _, file, reason in found.refused:
+        raise CrystalError(f"{file}: {reason}")
+    for unit in (unit for chunk in found.chunks for unit in units(chunk, grid.max_atoms)):
+        for _, crystal in unit.items():
             if isinstance(crystal, CrystalError):
-                raise CrystalError(f"{chunk.root / file}: {crystal}")
+                raise CrystalError(f"{unit.file}: {crystal}")
             crystals.append(crystal)
     return crystals
 
@@ -77,8 +80,10 @@ def evaluate(
 
 def _maybe_trained_on(crystals: Sequence[Crystal], bundle: dict[str, Any]) -> int:
     """Crystals whose formula the model's own data set gives to its training split."""
-    splits = bundle["about"].get("run", {}).get("data", {}).get("splits", {})
-    return sum(split_of(crystal.formula, splits) == "train" for crystal in crystals) if splits else len(crystals)
+    data = bundle["about"].get("run", {}).get("data", {})
+    if not data.get("splits") or data.get("split_column") or data.get("split_ids"):
+        return len(crystals)  # the formula doesn't tell
+    return sum(split_of(crystal.formula, data["splits"]) == "train" for crystal in crystals)
 
 
 def _look_around(codec: Codec, result: Evaluation, n_samples: int, steps: int) -> dict[str, list[Any]]:

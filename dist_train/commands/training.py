@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import subprocess
@@ -24,16 +25,17 @@ from dist_train.models.autoencoder import CrystalAutoencoder, Statistics, check_
 from dist_train.models.export import read_bundle, write_bundle
 from dist_train.models.reconstruct import Codec
 from dist_train.shards.index import Index
-from dist_train.shards.reader import BatchPlan, ShardReader, collate
+from dist_train.shards.reader import ShardReader, collate
 from dist_train.training.checkpoint import Checkpoints
 from dist_train.training.engine import Engine, TorchEngine, check_batch
-from dist_train.training.loop import fit
+from dist_train.training.loop import batch_plan, fit
 from dist_train.training.state import TrainState
 from dist_train.training.tracker import NoTracker, Spool
 
 if TYPE_CHECKING:
     from dist_train.backends.mlflow_tracker import MlflowUploader
 
+log = logging.getLogger(__name__)
 STATISTICS_SAMPLES = 512
 PRIOR_SAMPLES = 20_000
 MIN_CELL_STD = 0.01
@@ -86,7 +88,7 @@ def check_training(config: RunConfig, ranks: int) -> Index:
         raise ConfigError(f"the shards in {index.root} have another grid: {told}; voxelise anew or set grid.* to theirs")
     for split in ("train", "val"):
         index.split(split)
-    BatchPlan(len(index.samples("train")), config.train.global_batch_size, config.train.epochs, config.seed, 0, ranks)
+    batch_plan(config, ShardReader(index, "train"), 0, ranks)
     kept = config.run_dir / "run.yaml"
     if kept.exists():
         _check_same_run(config, load_config(kept), config.run_dir)
@@ -121,13 +123,19 @@ def _train_rank(config: RunConfig, index: Index, rank: int) -> str:
         fit(config, engine, reader, val, NoTracker(), checkpoints, state)
         engine.close()
         return ""
+    plan = batch_plan(config, reader, rank, engine.ranks)
+    if plan.never_seen:
+        log.warning(
+            "%d of %d training samples are never seen: their grid shapes have fewer than train.global_batch_size %d",
+            plan.never_seen, len(reader), plan.global_batch,
+        )  # fmt: skip
     write_text(config.run_dir / "run.yaml", config.to_yaml())
     spool = Spool(config.run_dir / "metrics.jsonl")
     uploader = _uploader(config, index, spool.path)
     status = "FAILED"
     try:
         reached = fit(config, engine, reader, val, spool, checkpoints, state)
-        done = reached.step == len(reader) // config.train.global_batch_size * config.train.epochs
+        done = reached.step == plan.steps
         summary = _finish(config, index, engine, reader, val, reached) if done else f"stopped after step {reached.step}"
         status = "FINISHED"
     finally:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from io import BufferedIOBase
 from itertools import chain, islice
 from pathlib import Path
+from typing import BinaryIO
 
 from dist_train.crystal import inputs, interop
 from dist_train.crystal.structure import Crystal
@@ -19,6 +19,8 @@ from dist_train.errors import CrystalError
 
 ID_KEYS = ("id", "material_id")
 MAX_ID = 200
+MAX_BAD_FRAMES = 1000
+"""In a row, then the file is given up: one of no size may hold millions."""
 
 _PERIODIC = {"T", "TRUE", "1", "TTT"}
 _COLUMNS = {"species": ["S", "1"], "Z": ["I", "1"], "pos": ["R", "3"]}
@@ -30,7 +32,7 @@ _ITEM = re.compile(
 )
 
 
-def read_extxyz(path: Path, id: str, max_atoms: int) -> Iterator[Crystal | tuple[str, CrystalError]]:
+def read_extxyz(path: Path | inputs.Source, id: str, max_atoms: int) -> Iterator[Crystal | tuple[str, CrystalError]]:
     """The crystals of a `.xyz`, `.extxyz` or gzipped file, frame by frame; for a bad one its id and what is wrong.
 
     A frame's id is its `id` or `material_id`; without one, `id` itself or, in a file of several frames,
@@ -38,6 +40,7 @@ def read_extxyz(path: Path, id: str, max_atoms: int) -> Iterator[Crystal | tuple
     """
     frames = _frames(path, id)
     first = list(islice(frames, 2))
+    bad = 0
     for number, frame in enumerate(chain(first, frames), 1):
         name = f"{id}-{number:05d}" if len(first) > 1 else id
         try:
@@ -46,13 +49,18 @@ def read_extxyz(path: Path, id: str, max_atoms: int) -> Iterator[Crystal | tuple
             items = {match["key"]: match[0] for match in _ITEM.finditer("".join(frame[1:2]).strip())}
             name = next((given for key in ID_KEYS if (given := _value(items.get(key, ""))[:MAX_ID])), name)
             yield _parse_frame(frame, items, name, max_atoms)
+            bad = 0
         except CrystalError as error:
             yield name, error
+            bad += 1
+        if bad == MAX_BAD_FRAMES:
+            yield id, CrystalError(f"{id}: {bad} bad frames in a row, no more are read")
+            return
     if not first:
         yield id, CrystalError(f"{id}: empty file")
 
 
-def _frames(path: Path, id: str) -> Iterator[list[str] | str]:
+def _frames(path: Path | inputs.Source, id: str) -> Iterator[list[str] | str]:
     """The lines of each frame, or in its place a word on what is no frame; none is over a cap."""
     try:
         with inputs.open_input(path, id) as file:
@@ -61,7 +69,7 @@ def _frames(path: Path, id: str) -> Iterator[list[str] | str]:
         yield str(error).removeprefix(f"{id}: ")
 
 
-def _split(file: BufferedIOBase) -> Iterator[list[str] | str]:
+def _split(file: BinaryIO) -> Iterator[list[str] | str]:
     """As `_frames`: one ends with its last atom or, where atoms are missing, before the next line that is a number."""
     held = 0
 

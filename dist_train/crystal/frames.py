@@ -17,7 +17,7 @@ from scipy.spatial.transform import Rotation
 
 from dist_train.config import GridSpec
 from dist_train.crystal.elements import SYMBOLS
-from dist_train.crystal.lattice import compact_lattice, neighbour_pairs
+from dist_train.crystal.lattice import compact_lattice, shortest_distances
 from dist_train.crystal.structure import Crystal, wrap
 from dist_train.errors import CrystalError
 
@@ -96,13 +96,11 @@ def _check_fits(crystal: Crystal, spec: GridSpec) -> None:
 
 def _check_pairs(crystal: Crystal, spec: GridSpec) -> None:
     """Raise CrystalError where two atoms are nearer than the decoder tells apart on an ideal field."""
-    lattice = compact_lattice(crystal.lattice_A)
+    lattice = crystal.lattice_A if spec.niggli else compact_lattice(crystal.lattice_A)
     limit = max(spec.min_distance_A, spec.min_like_distance_A)
-    first, second, shift = neighbour_pairs(lattice, crystal.cart_N3, limit)
-    distances = np.linalg.norm(crystal.cart_N3[first] - crystal.cart_N3[second] - shift, axis=1)
-    like = crystal.numbers_N[first] == crystal.numbers_N[second]
-    for kind, pairs, least in (("two", ~like, spec.min_distance_A), ("two like", like, limit)):
-        if (shortest := distances[pairs].min(initial=np.inf)) < least:
+    unlike, like = shortest_distances(lattice, crystal.cart_N3, crystal.numbers_N, limit)
+    for kind, shortest, least in (("two", unlike, spec.min_distance_A), ("two like", like, limit)):
+        if shortest < least:
             raise CrystalError(f"{crystal.id}: {kind} atoms {shortest:.3f} A apart, at least {least} A is needed")
 
 
@@ -117,6 +115,8 @@ def placed(crystal: Crystal, spec: GridSpec, copy: int = 0) -> Crystal:
     The random rotation (uniform on SO(3)) and origin (uniform in the cell) depend on the id and the copy index alone, so
     any sample can be made again by itself.
     """
+    if not (spec.random_rotation or spec.random_origin or spec.frame == "unit"):
+        return crystal
     rng = np.random.default_rng(placement_seed(crystal.id, copy))
     rotation = Rotation.from_quat(rng.normal(size=4)).as_matrix() if spec.random_rotation else np.eye(3)
     lattice = crystal.lattice_A @ rotation

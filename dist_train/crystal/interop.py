@@ -13,11 +13,10 @@ from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.spatial import cKDTree
 
 from dist_train.crystal.elements import NUMBERS
-from dist_train.crystal.lattice import FloatArray, compact_lattice, from_lengths_angles, image_offsets, too_thin
-from dist_train.crystal.structure import MAX_EDGE_A, Crystal, wrap
+from dist_train.crystal.lattice import FloatArray, compact_lattice, from_lengths_angles, shortest_distances, too_thin
+from dist_train.crystal.structure import MAX_EDGE_A, Crystal
 from dist_train.errors import CrystalError
 
 if TYPE_CHECKING:
@@ -56,11 +55,7 @@ def accept(crystal: Crystal, max_atoms: int) -> Crystal:
     lattice = compact_lattice(crystal.lattice_A)
     if too_thin(lattice):
         raise CrystalError(f"{crystal.id}: reduced cell of edges {np.linalg.norm(lattice, axis=1).round(3)} A is too thin")
-    cart_N3 = wrap(crystal.cart_N3 @ np.linalg.inv(lattice)) @ lattice
-    shifts = image_offsets(lattice, MIN_DISTANCE_A) @ lattice
-    images = cKDTree((cart_N3 + shifts[:, None]).reshape(-1, 3))
-    nearest, _ = images.query(cart_N3, k=2, distance_upper_bound=MIN_DISTANCE_A)  # the first of the two is the atom
-    shortest = nearest[:, 1].min()
+    shortest = min(shortest_distances(lattice, crystal.cart_N3, crystal.numbers_N, MIN_DISTANCE_A))
     if np.isfinite(shortest):
         raise CrystalError(f"{crystal.id}: overlapping atoms, {shortest:.3f} A apart; {MIN_DISTANCE_A} A are needed")
     return crystal
@@ -74,26 +69,6 @@ def right_handed(crystal: Crystal) -> Crystal:
     """
     hand = 1.0 if np.linalg.det(crystal.lattice_A) > 0 else -1.0
     return replace(crystal, lattice_A=hand * crystal.lattice_A + 0.0, frac_N3=hand * crystal.frac_N3 + 0.0)
-
-
-def symmetry_operations(given: dict[str, Any], id: str) -> tuple[FloatArray, FloatArray]:
-    """[O, 3, 3] rotations and [O, 3] translations of fractional coordinates, as pymatgen reads these CIF items.
-
-    given: listed operations, or the names and number of a space group, under the spelling that pymatgen looks for.
-    """
-    with _library("pymatgen", id):
-        from pymatgen.io.cif import CifBlock, CifParser
-
-        parser: Any = CifParser.from_str("data_x\n_x 1")
-        operations = parser.get_symops(CifBlock(given, [], "x"))
-    rotations = np.array([operation.rotation_matrix for operation in operations])
-    # pymatgen falls back to P1 with a warning: a wrong crystal for a file that does state its symmetry.
-    fell_back = any("Defaulting to P1" in warning for warning in parser.warnings)
-    singular = not np.allclose(np.abs(np.linalg.det(rotations)), 1.0)
-    without_identity = not (rotations == np.eye(3)).all((1, 2)).any()
-    if fell_back or singular or without_identity:
-        raise CrystalError(f"{id}: symmetry not understood: {str(next(iter(given.values())))[:60]!r}")
-    return rotations, np.array([operation.translation_vector for operation in operations])
 
 
 @contextmanager
@@ -139,6 +114,16 @@ def from_pymatgen(structure: Structure, id: str) -> Crystal:
             raise CrystalError(f"{id}: unknown element or isotope {symbol!r}")
         numbers.append(NUMBERS[symbol])
     return Crystal(id, structure.lattice.matrix, structure.frac_coords, np.array(numbers, dtype=np.int64))
+
+
+def structure_from_cif(text: str, id: str) -> Structure:
+    """The one crystal of a CIF text as pymatgen alone reads it, full cell: what `cif.parse_cif` is compared with."""
+    with _library("pymatgen", id):
+        from pymatgen.io.cif import CifParser
+
+        parser: Any = CifParser.from_str(text)
+        (structure,) = parser.parse_structures(primitive=False, on_error="ignore")
+    return structure
 
 
 def from_poscar(text: str, id: str) -> tuple[Crystal, bool]:
@@ -224,3 +209,24 @@ def match_rms(predicted: Crystal, true: Crystal) -> float | None:
         matcher: Any = StructureMatcher(stol=0.5, angle_tol=10, ltol=0.3)
         result = matcher.get_rms_dist(*pair)
     return None if result is None else float(result[0])
+
+
+def same_crystal(a: Crystal, b: Crystal, tolerance_A: float) -> bool:
+    """Whether two crystals have the same reduced cell and atoms, whatever their origin and choice of axes.
+
+    Cell edges and the root mean square distance of the atoms may differ by `tolerance_A`. Mirror images are the same. As
+    found by pymatgen's StructureMatcher without scaling and without smaller or larger cells.
+    """
+    if a.composition != b.composition:
+        return False
+    edge = float(np.cbrt(a.volume_A3))
+    spacing = float(np.cbrt(a.volume_A3 / len(a)))
+    pair = to_pymatgen(a), to_pymatgen(b)
+    with _library("pymatgen", a.id):
+        from pymatgen.analysis.structure_matcher import StructureMatcher
+
+        matcher: Any = StructureMatcher(
+            ltol=tolerance_A / edge, stol=tolerance_A / spacing, angle_tol=float(np.degrees(tolerance_A / edge)),
+            primitive_cell=False, scale=False, attempt_supercell=False,
+        )  # fmt: skip
+        return bool(matcher.fit(*pair))

@@ -284,3 +284,25 @@ def residual_slopes(centres_N3, basis, spacings, sigma, reach, field_DHW):  # ty
         slopes[n, 0], slopes[n, 1], slopes[n, 2] = gx / sigma**2, gy / sigma**2, gz / sigma**2
         squares[n] /= max(count, 1)
     return slopes, squares
+
+
+@njit(cache=True, nogil=True)
+def shortest_distances(frac_N3, numbers_N, lattice, spacings, cutoff):  # type: ignore[no-untyped-def]
+    """Shortest distances below `cutoff` between different atoms of unlike and of like number, else infinity.
+
+    frac_N3: in [0, 1). spacings: [3] between opposite faces of the cell, which tell what images can be near at all.
+    """
+    reach = cutoff / spacings
+    best = np.full(2, cutoff * cutoff)
+    for i in range(len(frac_N3)):
+        for j in range(i):
+            a, b, c = frac_N3[j, 0] - frac_N3[i, 0], frac_N3[j, 1] - frac_N3[i, 1], frac_N3[j, 2] - frac_N3[i, 2]
+            like = 1 if numbers_N[i] == numbers_N[j] else 0
+            for u in range(int(np.ceil(-reach[0] - a)), int(np.floor(reach[0] - a)) + 1):
+                for v in range(int(np.ceil(-reach[1] - b)), int(np.floor(reach[1] - b)) + 1):
+                    for w in range(int(np.ceil(-reach[2] - c)), int(np.floor(reach[2] - c)) + 1):
+                        x = (a + u) * lattice[0, 0] + (b + v) * lattice[1, 0] + (c + w) * lattice[2, 0]
+                        y = (a + u) * lattice[0, 1] + (b + v) * lattice[1, 1] + (c + w) * lattice[2, 1]
+                        z = (a + u) * lattice[0, 2] + (b + v) * lattice[1, 2] + (c + w) * lattice[2, 2]
+                        best[like] = min(best[like], x * x + y * y + z * z)
+    return np.where(best < cutoff * cutoff, np.sqrt(best), np.inf)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from functools import lru_cache
 
 import numpy as np
 import spglib
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
+
+from dist_train.crystal import kernels
 
 FloatArray = NDArray[np.float64]
 
@@ -47,10 +50,16 @@ def from_lengths_angles(parameters: FloatArray) -> FloatArray:
 
 
 def niggli(lattice_A: FloatArray) -> FloatArray | None:
-    """The Niggli-reduced lattice (spglib), or None where the reduction fails.
+    """The Niggli-reduced lattice (spglib), read-only, or None where the reduction fails.
 
     The tolerance decides which edges and angles count as equal; a few real cells converge at one of these only.
     """
+    return _niggli(np.ascontiguousarray(lattice_A, np.float64).tobytes())
+
+
+@lru_cache(maxsize=64)  # a crystal's cell is asked for several times on its way
+def _niggli(lattice: bytes) -> FloatArray | None:
+    lattice_A = np.frombuffer(lattice).reshape(3, 3)
     if abs(np.linalg.det(lattice_A)) < MIN_VOLUME_A3:
         return None
     for tolerance in NIGGLI_TOLERANCES:
@@ -62,6 +71,7 @@ def niggli(lattice_A: FloatArray) -> FloatArray | None:
             except spglib.error.SpglibError:
                 continue
         if reduced is not None:
+            reduced.flags.writeable = False
             return np.asarray(reduced)
     return None
 
@@ -101,6 +111,21 @@ def periodic_distances(lattice_A: FloatArray, frac_N3: FloatArray, frac_M3: Floa
     for shift in image_offsets(lattice_A, bound) @ lattice_A:
         np.minimum(best, ((wrapped_cart + shift) ** 2).sum(-1), out=best)
     return np.asarray(np.sqrt(best))
+
+
+def shortest_distances(
+    compact_A: FloatArray, cart_N3: FloatArray, numbers_N: NDArray[np.int64], cutoff_A: float
+) -> tuple[float, float]:
+    """Shortest distances in angstrom between atoms of unlike and of like number, periodic images included.
+
+    Infinity stands for what isn't below the cutoff. The lattice must be compact, or many images are visited.
+    """
+    inverse = np.linalg.inv(compact_A)
+    frac = cart_N3 @ inverse
+    spacings = 1.0 / np.sqrt((inverse * inverse).sum(0))
+    unlike, like = kernels.shortest_distances(frac - np.floor(frac), numbers_N, compact_A, spacings, cutoff_A)
+    own = float(np.sqrt((compact_A * compact_A).sum(1).min()))  # an atom is like its own images
+    return float(unlike), min(float(like), own if own < cutoff_A else np.inf)
 
 
 def neighbour_pairs(

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dist_train.crystal.inputs import Source
 from dist_train.crystal.interop import accept, checked_lattice, one_line, right_handed
 from dist_train.crystal.structure import Crystal
 from dist_train.errors import CrystalError, DataError
@@ -32,14 +33,14 @@ _SCHEMA = pa.schema(
 )
 
 
-def parquet_length(path: Path) -> int:
+def parquet_length(path: Path | Source) -> int:
     """Rows of a table of crystals; DataError where it can't be read or lacks a column."""
     with _open_parquet(path) as table:
         return int(table.metadata.num_rows)
 
 
 def read_parquet_rows(
-    path: Path, start: int, stop: int, max_atoms: int | None = None
+    path: Path | Source, start: int, stop: int, max_atoms: int | None = None
 ) -> Iterator[Crystal | tuple[str, CrystalError]]:
     """The crystals of rows start <= row < stop, in order; for a bad row its id and what is wrong with it.
 
@@ -53,7 +54,7 @@ def read_parquet_rows(
     return (_row_crystal(values, row, max_atoms) for row, values in _rows(path, start, stop))
 
 
-def _rows(path: Path, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
+def _rows(path: Path | Source, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """(row, values by column), of only the row groups needed, in batches: a large group is never held as objects."""
     with _open_parquet(path) as table:
         sizes = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
@@ -67,15 +68,29 @@ def _rows(path: Path, start: int, stop: int) -> Iterator[tuple[int, dict[str, An
                 first += batch.num_rows
                 if first >= stop:
                     return
+        except pa.ArrowMemoryError:
+            raise
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise DataError(f"{path}: rows from {first} on can't be read: {one_line(error)}") from error
 
 
-def _open_parquet(path: Path) -> pq.ParquetFile:
-    if not path.is_file():
+def read_column(path: Path | Source, name: str, start: int, stop: int) -> list[Any]:
+    """The values of another column in the rows start <= row < stop. Raises DataError where it is missing or unreadable."""
+    with _open_parquet(path) as table:
+        if name not in table.schema_arrow.names:
+            raise DataError(f"{path}: no column {name!r}; it has {table.schema_arrow.names}")
+        try:
+            values: list[Any] = table.read([name])[name].slice(start, stop - start).to_pylist()
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: column {name!r} can't be read: {one_line(error)}") from error
+        return values
+
+
+def _open_parquet(path: Path | Source) -> pq.ParquetFile:
+    if isinstance(path, Path) and not path.is_file():
         raise DataError(f"{path}: no file")
     try:
-        table = pq.ParquetFile(path)
+        table = pq.ParquetFile(path if isinstance(path, Path) else path.open())
         missing = [name for name in PARQUET_COLUMNS if name not in table.schema_arrow.names]
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path}: no readable Parquet table: {one_line(error)}") from error

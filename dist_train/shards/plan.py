@@ -1,173 +1,42 @@
-"""What a voxelising job will read and write, decided before it starts: pure functions of the config and the inputs.
-
-1. `discover` lists the inputs as `Chunk`s of CIF files or table rows.
-2. `scan_chunk` parses a chunk, checks that the grid can hold each crystal and leaves the accepted ones, as the grid will
-   hold them, in a JSON-lines part file; it returns a `Row` for each and a `Rejected` for the others.
-3. `plan_shards` gives every row its split (by formula) and place (by the hash of its id): the `ShardTask`s.
-"""
+"""What a voxelising job will write, decided before it starts: pure functions of the settings and of what was scanned."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dist_train.config import DataConfig, GridSpec
-from dist_train.crystal import cif, parquet
-from dist_train.crystal.frames import placed, representable
+import numpy as np
+
+from dist_train.config import DataConfig, SplitName, is_split_name
+from dist_train.crystal.interop import same_crystal
 from dist_train.crystal.structure import Crystal
-from dist_train.errors import CrystalError, DataError
-from dist_train.files import atomic_path
-
-CIF_SUFFIXES = (".cif", ".cif.gz")
-CIFS_PER_CHUNK, ROWS_PER_CHUNK = 64, 1024
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Inputs of one scan task: CIF files of one root, or the rows [start, stop) of one Parquet table."""
-
-    root: Path
-    files: tuple[str, ...]
-    start: int = 0
-    stop: int = 0
-
-    def __len__(self) -> int:
-        return self.stop - self.start or len(self.files)
-
-
-@dataclass(frozen=True)
-class Row:
-    """An accepted crystal: its input file, its split, and where it lies in a part file (bytes)."""
-
-    id: str
-    file: str
-    split: str
-    part: int
-    offset: int
-    length: int
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """An input that was not taken, and why; stage is 'parse', 'grid' or 'plan'."""
-
-    id: str
-    file: str
-    stage: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class ScanResult:
-    """What a scan task found; the crystals themselves are in the part file."""
-
-    rows: tuple[Row, ...]
-    rejected: tuple[Rejected, ...]
+from dist_train.errors import DataError
+from dist_train.shards.scan import Rejected, Row, ScanResult, read_part
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """A planned shard: its name, its split and its crystals in order; `first` is the ordinal of the first of them."""
+    """A planned shard: its name, its split and its samples in order; `first` is the ordinal of the first of them.
+
+    entries: a row and the index of its copy for each sample.
+    """
 
     name: str
     split: str
     first: int
-    rows: tuple[Row, ...]
-
-
-def discover(inputs: Iterable[str]) -> list[Chunk]:
-    """The inputs in a fixed order, cut into chunks.
-
-    Raises DataError for a path that is missing or unreadable, of an unknown kind, or without any crystal.
-    """
-    chunks: list[Chunk] = []
-    for given in inputs:
-        try:
-            found = list(_chunks_of(Path(given)))
-        except PermissionError as error:
-            raise DataError(f"input {error.filename} can't be read: {error.strerror}; check its permissions") from None
-        if not found:
-            raise DataError(f"no crystals found in {given}: expected *.cif or *.cif.gz files in it, or a *.parquet table")
-        chunks += found
-    if not chunks:
-        raise DataError("data.inputs is empty: name at least one folder of CIF files or Parquet table")
-    return chunks
-
-
-def _chunks_of(path: Path) -> Iterator[Chunk]:
-    if path.suffix == ".parquet":
-        for start in range(0, length := parquet.parquet_length(path), ROWS_PER_CHUNK):
-            yield Chunk(path.parent, (path.name,), start, min(start + ROWS_PER_CHUNK, length))
-        return
-    if path.is_file() and path.name.endswith(CIF_SUFFIXES):
-        yield Chunk(path.parent, (path.name,))
-        return
-    if not path.is_dir():
-        raise DataError(f"input {path} is neither a folder, a CIF file nor a Parquet table; check data.inputs")
-    files = sorted(str(p.relative_to(path)) for p in _walk(path) if p.name.endswith(CIF_SUFFIXES))
-    for start in range(0, len(files), CIFS_PER_CHUNK):
-        yield Chunk(path, tuple(files[start : start + CIFS_PER_CHUNK]))
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """All files below a folder; unlike rglob it raises PermissionError for a folder that can't be listed."""
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            yield from _walk(entry)
-        else:
-            yield entry
-
-
-def scan_chunk(part: int, chunk: Chunk, parts: Path, grid: GridSpec, splits: dict[str, float]) -> ScanResult:
-    """Parse and check a chunk; accepted crystals go to `parts/part-NNNNNN.jsonl`, written atomically."""
-    rows: list[Row] = []
-    rejected: list[Rejected] = []
-    with atomic_path(parts / part_name(part)) as temporary, temporary.open("wb") as stream:
-        for id, file, crystal in read_chunk(chunk, grid.max_atoms):
-            if isinstance(crystal, CrystalError):
-                rejected.append(Rejected(id, file, "parse", str(crystal)))
-                continue
-            try:
-                crystal = placed(representable(crystal, grid), grid)
-            except CrystalError as error:
-                rejected.append(Rejected(id, file, "grid", str(error)))
-                continue
-            line = crystal.to_json().encode() + b"\n"
-            rows.append(Row(id, file, split_of(crystal.formula, splits), part, stream.tell(), len(line)))
-            stream.write(line)
-    return ScanResult(tuple(rows), tuple(rejected))
-
-
-def part_name(part: int) -> str:
-    return f"part-{part:06d}.jsonl"
-
-
-def read_chunk(chunk: Chunk, max_atoms: int) -> Iterator[tuple[str, str, Crystal | CrystalError]]:
-    """(id, file, crystal or the reason it can't be read) of every input of a chunk."""
-    if chunk.stop:
-        table = chunk.files[0]
-        for item in parquet.read_parquet_rows(chunk.root / table, chunk.start, chunk.stop, max_atoms):
-            id, crystal = (item.id, item) if isinstance(item, Crystal) else item
-            yield id, table, crystal
-        return
-    for file in chunk.files:
-        id = file.removesuffix(".gz").removesuffix(".cif")
-        try:
-            # The id keeps the folders below the input, so that equal names in two of them stay apart.
-            yield id, file, cif.read_cif(chunk.root / file, max_atoms, id)
-        except CrystalError as error:
-            yield id, file, error
+    entries: tuple[tuple[Row, int], ...]
 
 
 def unit_hash(*parts: object) -> float:
     """A number in [0, 1) that depends on the parts alone."""
-    digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b("\0".join(map(str, parts)).encode(errors="replace"), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
-def split_of(formula: str, splits: dict[str, float]) -> str:
+def split_of(formula: str, splits: dict[SplitName, float]) -> str:
     """The split of a reduced formula; all crystals of a formula share it."""
     place, total = unit_hash("split", formula), 0.0
     for name, share in splits.items():
@@ -177,26 +46,107 @@ def split_of(formula: str, splits: dict[str, float]) -> str:
     return name
 
 
-def plan_shards(results: Iterable[ScanResult], config: DataConfig) -> tuple[list[ShardTask], list[Rejected]]:
-    """The shards of all scanned rows, and every rejected input (ids that occur twice included).
+def read_split_ids(files: dict[SplitName, Path]) -> dict[str, str]:
+    """Split by id, of the files of `data.split_ids`. Raises DataError for one that can't be read, or an id in two."""
+    found: dict[str, str] = {}
+    for split, path in files.items():
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"data.split_ids.{split}: {path} can't be read: {error}") from None
+        for id in filter(None, map(str.strip, lines)):
+            if found.setdefault(id, split) != split:
+                raise DataError(f"data.split_ids: {id} is in the files of both {found[id]} and {split}")
+    return found
 
-    Within a split the order is that of the hash of the id, so that families and sources mix.
-    """
+
+def distinct(results: Iterable[ScanResult]) -> tuple[list[Row], list[Rejected]]:
+    """Rows in their order, ids that occur twice taken out; and every rejected input, these included."""
     rejected: list[Rejected] = []
     rows: dict[str, Row] = {}
     for result in results:
         rejected += result.rejected
         for row in result.rows:
             if row.id in rows:
-                reason = f"{row.id}: this id is already taken by {rows[row.id].file} of another input"
-                rejected.append(Rejected(row.id, row.file, "plan", reason))
+                other = rows[row.id]
+                reason = f"{row.id}: this id is already taken by {other.file} of {other.input}"
+                rejected.append(Rejected(row.id, row.input, row.file, "plan", reason))
             else:
                 rows[row.id] = row
-    ordered = sorted(rows.values(), key=lambda row: (unit_hash("order", row.id), row.id))
-    tasks: list[ShardTask] = []
-    for split in config.splits:
-        members = [row for row in ordered if row.split == split]
-        for shard, start in enumerate(range(0, len(members), config.samples_per_shard)):
-            chosen = tuple(members[start : start + config.samples_per_shard])
-            tasks.append(ShardTask(f"{split}-{shard:06d}.tar", split, start, chosen))
-    return tasks, rejected
+    return list(rows.values()), rejected
+
+
+def alike(rows: Sequence[Row]) -> list[tuple[Row, ...]]:
+    """Groups of rows among which duplicates may be: of one composition, with volumes that differ by under 1 %."""
+    by_composition: dict[tuple[str, int], list[Row]] = defaultdict(list)
+    for row in rows:
+        by_composition[row.formula, row.atoms].append(row)
+    groups: list[tuple[Row, ...]] = []
+    for members in by_composition.values():
+        volumes = np.array([row.volume_A3 for row in members])
+        order = np.argsort(volumes, kind="stable")
+        gaps = np.flatnonzero(np.diff(volumes[order]) > 0.01 * volumes[order][:-1]) + 1
+        # The order of the inputs decides which of two is kept.
+        groups += [tuple(members[i] for i in sorted(group)) for group in np.split(order, gaps) if len(group) > 1]
+    return groups
+
+
+def find_duplicates(groups: Sequence[Sequence[Row]], work: Path, tolerance_A: float) -> list[tuple[str, str]]:
+    """(id, id of the crystal before it in its group that it equals) of every duplicate."""
+    found: list[tuple[str, str]] = []
+    for group in groups:
+        kept: list[Crystal] = []
+        for row in group:
+            crystal = read_part(work, row)
+            same = next((other for other in kept if same_crystal(crystal, other, tolerance_A)), None)
+            if same:
+                found.append((crystal.id, same.id))
+            else:
+                kept.append(crystal)
+    return found
+
+
+def without(rows: Iterable[Row], duplicates: dict[str, str]) -> tuple[list[Row], list[Rejected]]:
+    """The other rows, and the duplicates as rejected ones."""
+    kept: list[Row] = []
+    rejected: list[Rejected] = []
+    for row in rows:
+        if row.id in duplicates:
+            reason = f"{row.id}: duplicate of {duplicates[row.id]}, the same reduced cell and atoms"
+            rejected.append(Rejected(row.id, row.input, row.file, "plan", reason))
+        else:
+            kept.append(row)
+    return kept, rejected
+
+
+def split_rows(rows: Iterable[Row], data: DataConfig) -> tuple[dict[str, list[Row]], list[Rejected]]:
+    """The rows of each split, by listed ids, then by column, then by the hash of the formula."""
+    by_id = read_split_ids(data.split_ids)
+    splits: dict[str, list[Row]] = defaultdict(list)
+    rejected: list[Rejected] = []
+    for row in rows:
+        split = by_id.get(row.id) or (row.split if data.split_column else split_of(row.formula, data.splits))
+        if split is None or not is_split_name(split):
+            reason = f"{row.id}: {split!r} in the column {data.split_column!r} names no split"
+            rejected.append(Rejected(row.id, row.input, row.file, "plan", reason))
+        else:
+            splits[split].append(row)
+    known = [*({} if data.split_column else data.splits), *data.split_ids]
+    order = dict.fromkeys([*known, *sorted(splits)])
+    return {split: splits[split] for split in order if split in splits}, rejected
+
+
+def plan_shards(splits: dict[str, list[Row]], data: DataConfig) -> list[ShardTask]:
+    """The shards of the rows of each split.
+
+    Within a split the order is that of the hash of the id, so that families, sources and copies mix.
+    """
+    return [task for split, rows in splits.items() for task in _shards_of(split, rows, data)]
+
+
+def _shards_of(split: str, rows: list[Row], data: DataConfig) -> Iterator[ShardTask]:
+    entries = [(row, copy) for row in rows for copy in range(data.copies)]
+    entries.sort(key=lambda entry: (unit_hash("order", entry[0].id, *([entry[1]] if entry[1] else [])), entry[0].id))
+    for shard, start in enumerate(range(0, len(entries), data.samples_per_shard)):
+        chosen = tuple(entries[start : start + data.samples_per_shard])
+        yield ShardTask(f"{split}-{shard:06d}.tar", split, start, chosen)

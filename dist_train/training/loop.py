@@ -33,7 +33,7 @@ def fit(
     Raises DistTrainError after `max_nonfinite` steps in a row without a finite loss and gradient.
     """
     settings = config.train
-    plan = BatchPlan(len(train), settings.global_batch_size, settings.epochs, config.seed, engine.rank, engine.ranks)
+    plan = batch_plan(config, train, engine.rank, engine.ranks)
     last = min(plan.steps, settings.stop_after_step or plan.steps)
     meter = Meter(settings.global_batch_size)
     in_a_row = 0
@@ -56,6 +56,11 @@ def fit(
             if state.step % settings.checkpoint_every == 0 or state.step == last:
                 checkpoints.save(engine, state)
     return state
+
+
+def batch_plan(config: RunConfig, train: ShardReader, rank: int, ranks: int) -> BatchPlan:
+    """The batches of a run. Raises ShardError where the training split doesn't fill one."""
+    return BatchPlan(train.shapes, config.train.global_batch_size, config.train.epochs, config.seed, rank, ranks)
 
 
 def _noise(config: RunConfig, engine: Engine, step: int) -> Noise:

@@ -111,6 +111,7 @@ def test_p1_atoms_and_cell_are_those_of_the_file() -> None:
         cif(*(row + " ." for row in CSCL), columns=TYPED + " _atom_site_occupancy"),
         cif("Cs+ A 0 0 0", "Cl1- B .5 .5 .5", after="_chemical_formula_sum 'Cs Cl'"),
         cif("Cs1 0 0 0", "Cl2 .5 .5 .5", columns=LABELLED, before="_chemical_formula_sum 'Cl1.00 Cs1'"),
+        cif(*CSCL, before="_author Ångström  # Å\n_affiliation 'Å'"),
         cif(*CSCL, before="_symmetry_space_group_name_H-M 'P 1'"),
         cif(*CSCL, before=operations("+x, +y, +z") + "\n_space_group_IT_number 221"),
         cif(*CSCL, before="_space_group_IT_number ?"),
@@ -118,7 +119,7 @@ def test_p1_atoms_and_cell_are_those_of_the_file() -> None:
     ],
 )
 def test_spellings_of_one_crystal(text: str) -> None:
-    """Uncertainties, case, line ends, dots, text fields, other blocks, charges, labels, an empty bond loop."""
+    """Uncertainties, case, line ends, dots, text fields, letters, other blocks, charges, labels, an empty bond loop."""
     crystal = parse(text)
     assert crystal.numbers_N.tolist() == [55, 17]
     np.testing.assert_array_equal(crystal.frac_N3, [[0, 0, 0], [0.5, 0.5, 0.5]])
@@ -132,7 +133,13 @@ def test_single_site_without_a_loop() -> None:
 
 @pytest.mark.parametrize(
     "symmetry",
-    ["_symmetry_space_group_name_H-M 'F m -3 m'", "_space_group_name_H-M_alt Fm-3m", "_space_group_IT_number 225"],
+    [
+        "_symmetry_space_group_name_H-M 'F m -3 m'",
+        "_space_group_name_H-M_alt Fm-3m",
+        "_space_group_IT_number 225",
+        "_space_group_name_Hall '-F 4 2 3'\n_symmetry_space_group_name_H-M 'P 1'",
+        "_symmetry_equiv_pos_as_xyz ?\n_space_group_IT_number 225",
+    ],
 )
 def test_space_group_by_name(symmetry: str) -> None:
     crystal = parse(cif("Na Na1 0 0 0", "Cl Cl1 .5 .5 .5", cell="5.64 5.64 5.64 90 90 90", before=symmetry))
@@ -142,6 +149,45 @@ def test_space_group_by_name(symmetry: str) -> None:
 
 
 FCC = [[0.0, 0.0, 0.0], [0.0, 0.5, 0.5], [0.5, 0.0, 0.5], [0.5, 0.5, 0.0]]
+
+
+def test_rhombohedral_axes_are_told_by_the_angles() -> None:
+    """FeCl3, R -3 with three equal angles: two formula units; its operations on hexagonal axes would make nine."""
+    sites = ("Fe Fe1 .33 .33 .33", "Cl Cl1 .077 .412 .74")
+    group = "_symmetry_space_group_name_H-M 'R -3'"
+    assert len(parse(cif(*sites, cell="6.69 6.69 6.69 52.3 52.3 52.3", before=group))) == 8
+    assert len(parse(cif(*sites, cell="5.9 5.9 17.3 90 90 120", before=group))) == 36
+
+
+@pytest.mark.parametrize(
+    "operation",
+    ["x,y,z", "-Y, x-y , Z+1/3", "1/2+x,-y+0.25,.5-z", "-x+281/988,-y,z-274/333", "+x-y,x-0.3333,2-z", "z,x+5/6,y+1.5"],
+)
+def test_operations_are_those_of_pymatgen(operation: str) -> None:
+    """pymatgen writes translations of any denominator where the origin of a cell lies anywhere."""
+    from pymatgen.core.operations import SymmOp
+
+    theirs = SymmOp.from_xyz_str(operation)
+    matrix = cif_io._affine(operation.replace(" ", "").lower())
+    np.testing.assert_allclose(matrix, theirs.affine_matrix[:3], atol=1e-12)
+
+
+@pytest.mark.parametrize("number", [1, 14, 48, 68, 70, 88, 141, 146, 167, 194, 203, 225, 227, 230])
+def test_space_groups_are_those_of_pymatgen(number: int) -> None:
+    """Setting and origin of what only a number states, where several are in use."""
+    from pymatgen.symmetry.groups import SpaceGroup
+
+    cell = np.array([5.0, 5.0, 5.0, 90.0, 90.0, 90.0])
+    ours = cif_io._symmetry({"_space_group_it_number": [str(number)]}, cell, "x")
+    theirs = [operation.affine_matrix[:3] for operation in SpaceGroup.from_int_number(number).symmetry_ops]
+    assert rounded(np.concatenate([ours[0], ours[1][:, :, None]], axis=2)) == rounded(np.array(theirs))
+
+
+def rounded(operations: np.ndarray) -> set[tuple[int, ...]]:
+    """Operations in parts of 24, translations in [0, 24)."""
+    parts = np.round(24 * operations).astype(int)
+    parts[..., 3] %= 24
+    return {tuple(operation.ravel().tolist()) for operation in parts}
 
 
 def test_low_precision_coordinates_give_no_doubled_sites() -> None:
@@ -155,19 +201,19 @@ def test_low_precision_coordinates_give_no_doubled_sites() -> None:
     [("HO1", "'H2 O'", "H"), ("OW", "'H2 O'", "O"), ("CO1", "'C O2'", "C"), ("CO1", "Co", "Co"), ("AlT", "?", "Al")],
 )
 def test_label_is_read_with_the_formula(label: str, formula: str, element: str) -> None:
-    block = cif_io._blocks(cif(f"{label} 0 0 0", columns=LABELLED, before=f"_chemical_formula_sum {formula}"))[0]
-    block = {name: ([] if formula == "?" and "formula" in name else values) for name, values in block.items()}
-    assert cif_io._symbols(block, 1, "x") == [element]
+    text = cif(f"{label} 0 0 0", columns=LABELLED, before=f"_chemical_formula_sum {formula}")
+    assert cif_io._symbols(cif_io._structure_block(text, "x"), 1, "x") == [element]
 
 
 # Refusals
 
 
+PBAR_CENTRED = ["x,y,z", "-x,-y,-z", "x+1/2,y+1/2,z", "-x+1/2,-y+1/2,-z"]
 OCCUPIED = TYPED + " _atom_site_occupancy"
 HOSTILE = {
     "empty": ("", "empty file"),
     "blank": (" \n\t\n", "empty file"),
-    "letter": ("Dear reader,\nno crystal here.\n", "no data block"),
+    "letter": ("Dear reader,\nno crystal here.\n", "expected block header"),
     "only a header": ("data_x\n", "no atoms"),
     "no atoms": (cif(), "no atoms"),
     "NUL": (cif(*CSCL) + "\0", "NUL"),
@@ -183,7 +229,7 @@ HOSTILE = {
     "straight angle": (cif(*CSCL, cell="4 4 4 90 90 180"), "no cell"),
     "impossible angles": (cif(*CSCL, cell="4 4 4 20 20 170"), "no cell"),
     "no cell": ("data_x" + cif(*CSCL).split("90 90")[-1].split("gamma 90")[-1], "_cell_length_a"),
-    "cell twice": (cif(*CSCL) + "_cell_length_a 4\n", "2 values"),
+    "cell twice": (cif(*CSCL) + "_cell_length_a 4\n", "duplicate tag"),
     "text coordinate": (cif("Cs Cs1 n/a 0 0"), "finite"),
     "unknown coordinate": (cif("Cs Cs1 ? 0 0"), "finite"),
     "nan coordinate": (cif("Cs Cs1 nan 0 0"), "finite"),
@@ -192,7 +238,7 @@ HOSTILE = {
     "huge coordinate, many images": (cif("Cs Cs1 0 1e12 0", before="_space_group_IT_number 225"), "at most 1000"),
     "Cartesian": (cif("Cs Cs1 0 0 0").replace("fract", "Cartn"), "no atoms"),
     "missing column": (cif("Cs Cs1 0 0", columns=TYPED.removesuffix(" _atom_site_fract_z")), "_fract_z"),
-    "ragged loop": (cif(*CSCL, "O O1 0.5"), "values for"),
+    "ragged loop": (cif(*CSCL, "O O1 0.5"), "number of values"),
     "unknown element": (cif("Xx Xx1 0 0 0"), "unknown element 'Xx'"),
     "dummy": (cif("X X1 0 0 0"), "unknown element"),
     "element 104": (cif("Rf Rf1 0 0 0"), "unknown element"),
@@ -208,14 +254,30 @@ HOSTILE = {
     "shared site": (cif("Cs Cs1 0 0 0", "K K1 1 0 0"), "overlapping"),
     "overlap over the boundary": (cif("Cs Cs1 0.01 0 0", "K K1 0.99 0 0"), "overlapping"),
     "hydrogens not located": (cif("O O1 0 0 0", before="_chemical_formula_sum 'H2 O'"), "the file states"),
+    "many blocks": ("\n".join(f"data_x{n}" for n in range(1001)), "1001 data blocks"),
     "two structures": (cif(*CSCL) + cif(*CSCL, name="y"), "2 structures"),
     "magnetic": (cif(*CSCL, before="_space_group_magn.number_BNS 1.1"), "magnetic"),
     "unknown group": (cif(*CSCL, before="_symmetry_space_group_name_H-M 'Q 9'"), "symmetry"),
     "no such group": (cif(*CSCL, before="_space_group_IT_number 999"), "symmetry"),
-    "infinite group": (cif(*CSCL, before="_space_group_IT_number 1e400"), "pymatgen"),
+    "infinite group": (cif(*CSCL, before="_space_group_IT_number 1e400"), "no such space group"),
     "nonsense operation": (cif(*CSCL, before=operations("x,y,z", "hello")), "symmetry"),
     "singular operation": (cif(*CSCL, before=operations("x,y,z", "x,x,x")), "symmetry"),
     "no identity": (cif(*CSCL, before=operations("-x,y,z")), "symmetry"),
+    "operations of no group": (cif(*CSCL, before=operations("x,y,z", "-y,x,z")), "no group"),
+    "centring without one operation": (cif(*CSCL, before=operations(*PBAR_CENTRED[:-1])), "no group"),
+    "no coordinates": (cif(*CSCL, before=operations("x,y,z", "h,k,l")), "no operation"),
+    "code as operation": (cif(*CSCL, before=operations("x,y,z", "x,y,__import__")), "no operation"),
+    "division by zero": (cif(*CSCL, before=operations("x,y,z", "x+1/0,y,z")), "no operation"),
+    "overflowing operation": (cif(*CSCL, before=operations("x,y,z", "x+99999999999,y,z")), "no operation"),
+    "endless operation": (cif(*CSCL, before=operations("x,y,z", "x,y,z" + "+1" * 99_999)), "no operation"),
+    "no Hall symbol": (cif(*CSCL, before="_space_group_name_Hall 'Q 9'"), "symmetry"),
+    "item twice": (cif(*CSCL) + "_note 1\n_note 2\n", "duplicate tag _note"),
+    "item without a value": (cif(*CSCL) + "_note\n", "no value"),
+    "cut in a quote": (cif(*CSCL) + "_note 'the", "unterminated"),
+    "cut in a text field": (cif(*CSCL) + "_note\n;the", "unterminated"),
+    "cut in another loop": (cif(*CSCL) + "loop_\n_bond_1\n_bond_2\nCs1", "number of values"),
+    "cut between sites": (cif("C C1 0 0 0", "C C2 .5 .5 0", before="_chemical_formula_sum C3"), "the file states"),
+    "two spellings of an item": (cif(*CSCL) + "_cell.length_a 4\n", "2 values"),
     "many operations": (cif(*CSCL, before=operations(*["x,y,z"] * 200)), "192"),
     "many rows": (cif(*["Cs Cs1 0 0 0"] * 1001), "at most 1000"),
     "many images": (
@@ -262,7 +324,18 @@ def test_damaged_text_never_raises_anything_else() -> None:
             assert np.isfinite(crystal.cart_N3).all()
 
 
-@pytest.mark.parametrize("text", ["'a " * 200_000, "\n" * 200_000, "data_x loop_ " + "_a " * 200_000, ";\n" * 200_001])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("'a " * 200_000, "\n" * 200_000, ";\n" * 200_001, "data_x\n" + "_a 'b\n" * 200_000),
+        *("data_x loop_ " + "_a " * 200_000, "data_x loop_ " + " ".join(f"_a{n}" for n in range(200_000))),
+        "data_x\n" + "\n".join(f"_a{n} 1" for n in range(200_000)),
+        "\n".join(f"data_x{n}" for n in range(200_000)),
+        cif(*CSCL, before=operations("x+1" * 100_000, *["x" * 100_000 + ",y,z"] * 100)),
+        cif("Cs Cs1 0 0 " + "1" * 1_000_000 + "x"),
+    ],
+    ids=range(10),
+)
 @pytest.mark.timeout(20)
 def test_time_is_linear_in_hostile_text(text: str) -> None:
     with pytest.raises(CrystalError):
@@ -291,7 +364,7 @@ def test_gzip_bomb_is_not_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         cif_io.read_cif(bomb, MAX_ATOMS)
     plain = tmp_path / "large.cif"
     plain.write_bytes(b" " * 10_001)
-    with pytest.raises(CrystalError, match="file of 10001 bytes, at most 10000"):
+    with pytest.raises(CrystalError, match="10000"):
         cif_io.read_cif(plain, MAX_ATOMS)
 
 
@@ -315,6 +388,10 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
 
 # Real crystals
 
+PYMATGEN_FAILS = "mp-1184519.cif"  # ZeroDivisionError: its loop of bonds is empty
+OTHER_ATOMS = {"halides__FeCl3-Molysite.cif": ((6, 2), (18, 18))}
+"""File -> atoms of each element, ours and pymatgen's, which takes rhombohedral axes for hexagonal ones."""
+
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_most_of_a_family_is_read(family: str) -> None:
@@ -325,15 +402,38 @@ def test_most_of_a_family_is_read(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reads_what_pymatgen_reads(family: str) -> None:
-    """Same cell, same atoms; 5e-3 angstrom for coordinates that pymatgen moves to 1/3 and 2/3."""
-    from pymatgen.io.cif import CifParser
-
-    for path in readable(family)[:12]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            structure = CifParser(path).parse_structures(primitive=False)[0]
+    """Every file that is read: the same cell, the same atoms at the same places, modulo the lattice."""
+    for path in readable(family):
         crystal = cif_io.read_cif(path, MAX_ATOMS)
-        assert_same_atoms(crystal, interop.from_pymatgen(structure, path.stem), 5e-3)
+        if path.name == PYMATGEN_FAILS:
+            continue
+        theirs = interop.from_pymatgen(interop.structure_from_cif(path.read_text(), path.stem), path.stem)
+        np.testing.assert_allclose(crystal.lengths_angles, theirs.lengths_angles, rtol=1e-6)
+        if path.name in OTHER_ATOMS:
+            counts = tuple(tuple(found.composition.values()) for found in (crystal, theirs))
+            assert counts == OTHER_ATOMS[path.name], path.name
+            continue
+        difference = theirs.frac_N3[None] - crystal.frac_N3[:, None]
+        far = np.abs(difference - np.round(difference)).max(axis=-1)
+        far[crystal.numbers_N[:, None] != theirs.numbers_N] = 1.0
+        assert sorted(far.argmin(axis=1)) == list(range(len(theirs))), path.name
+        assert far.min(axis=1).max() < 1e-4, path.name  # pymatgen moves 0.33333 to 1/3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cut_file_is_not_half_read(family: str) -> None:
+    """A file that states its formula, cut after any line, is read as a whole or refused."""
+    for path in readable(family)[:4]:
+        whole = cif_io.read_cif(path, MAX_ATOMS)
+        lines = path.read_text().splitlines(keepends=True)
+        if not any(line.startswith("_chemical_formula_sum") for line in lines):
+            continue
+        for end in range(len(lines)):
+            try:
+                crystal = parse("".join(lines[:end]))
+            except CrystalError:
+                continue
+            assert crystal.composition == whole.composition, f"{path.name} up to line {end}"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -263,3 +263,13 @@ def test_metrics_of_other_data_are_forgotten(shards: Path, tmp_path: Path) -> No
 def test_grids_that_can_not_be_trained_on_are_refused_at_once(shards: Path, tmp_path: Path, change: str, told: str) -> None:
     with pytest.raises(ModelError, match=told):
         commands.train(settings(shards, tmp_path, change))
+
+
+def test_crystals_that_no_batch_takes_are_told(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    index = Index.read(settings(shards, tmp_path).data.shards)
+    shapes = [(8, 8, 8)] * 5 + ShardReader(index, "train").shapes[5:]
+    monkeypatch.setattr(ShardReader, "shapes", property(lambda _: shapes))
+    commands.train(settings(shards, tmp_path, "train.stop_after_step=1"))
+    assert f"5 of {len(shapes)} training samples are never seen" in caplog.text

@@ -1,0 +1,87 @@
+"""Processes that tests end in the middle: each in a session of its own, which is ended as a whole."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+from dist_train.files import sha256
+
+LIMIT_S = 120
+ISOLATED = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+
+
+def session(leader: int) -> list[int]:
+    """The living processes of a session; Ray gives its workers process groups of their own within it."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+    return found
+
+
+def kill_session(leader: subprocess.Popen[str]) -> None:
+    """SIGKILL to every process of a session, its leader's group at once, until none is left."""
+    if leader.poll() is None:
+        os.killpg(leader.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while members := session(leader.pid):
+        assert time.monotonic() < deadline, f"processes {members} can't be ended"
+        for pid in members:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        leader.poll()
+        time.sleep(0.05)
+    leader.wait(10)
+
+
+@contextmanager
+def started(command: list[str], **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that meets no other Ray cluster, ended with all that it started."""
+    inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        command,
+        start_new_session=True,
+        text=True,
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
+        env=inherited | ISOLATED | environment,
+    )
+    try:
+        yield process
+    finally:
+        kill_session(process)
+        for stream in (process.stdin, process.stdout, process.stderr):
+            assert stream
+            with suppress(BrokenPipeError):
+                stream.close()
+
+
+def dist_train(verb: str, settings: tuple[str, ...], *options: str) -> list[str]:
+    """A command line."""
+    return [sys.executable, "-m", "dist_train", verb, *(part for item in settings for part in ("--set", item)), *options]
+
+
+def wait_until(condition: Callable[[], object], process: subprocess.Popen[str] | None = None) -> None:
+    """Poll until a condition holds; fails when that takes too long, or when the process ends before."""
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        assert process is None or process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def contents(root: Path) -> dict[str, str]:
+    """sha256 of every file below a folder, hidden ones included."""
+    return {str(path.relative_to(root)): sha256(path) for path in sorted(root.rglob("*")) if path.is_file()}
