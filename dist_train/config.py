@@ -297,6 +297,12 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _compact_holds_heights(self) -> Self:
+        if self.data.encoding == "compact" and any(h < 0 for _, heights in self.grid.element_table for h in heights):
+            raise ValueError("data.encoding 'compact' holds square roots: no height in grid.element_table may be negative")
+        return self
+
+    @model_validator(mode="after")
     def _grid_halves(self) -> Self:
         halvings = max(len(self.model.vae_widths), self.model.unet_levels - 1)
         if self.grid.shape != "adaptive" and self.grid.shape % 2**halvings:

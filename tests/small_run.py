@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pyarrow.parquet as pq
+from sharding import few_rows, write_shards
 
 from dist_train.config import RunConfig, load_config
 from dist_train.shards.index import Index
-from dist_train.shards.plan import discover, plan_shards, scan_chunk
-from dist_train.shards.writer import build_shard
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,16 +41,6 @@ def small_config(folder: Path, *overrides: str) -> RunConfig:
 
 def write_small_shards(folder: Path, crystals: int = 72) -> Index:
     """Voxelise the first perovskites of the sample data in this process, as the Ray tasks do."""
-    table = folder / "few.parquet"
-    folder.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pq.read_table(ROOT / "data" / "sample" / "perov_5.parquet").slice(0, crystals), table)
     config = small_config(folder)
-    work, root = folder / "work", config.data.shards
-    chunks = discover([str(table)])
-    results = [scan_chunk(i, chunk, work, config.grid, config.data.splits) for i, chunk in enumerate(chunks)]
-    tasks, rejected = plan_shards(results, config.data)
-    records = tuple(build_shard(task, root, work, config.grid) for task in tasks)
-    counts = {"inputs": crystals, "accepted": crystals - len(rejected), "rejected": len(rejected)}
-    index = Index(root, {"grid": config.grid.model_dump(mode="json")}, "test", "test", counts, records)
-    index.write()
-    return index
+    table = few_rows(ROOT / "data" / "sample" / "perov_5.parquet", crystals, folder)
+    return write_shards(config.data.model_copy(update={"inputs": (table,)}), config.grid)

@@ -14,17 +14,17 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
+from sharding import few_rows, write_shards
 
-from dist_train.config import GridSpec, RunConfig, load_config
+from dist_train.config import DataConfig, GridSpec, RunConfig, load_config
 from dist_train.files import sha256
 from dist_train.shards.index import Index
-from dist_train.shards.plan import Chunk, ShardTask, scan_chunk
-from dist_train.shards.writer import build_shard
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "data" / "sample"
-VERBS = ("demo", "config", "voxelize", "verify", "train", "register", "evaluate", "generate", "bench")
+VERBS = ("demo", "config", "voxelize", "verify", "inspect", "train", "register", "evaluate", "generate", "bench")
 LIMIT_S = 60
 TRAINING_CRYSTALS = 8
 
@@ -159,7 +159,7 @@ def test_override_without_value() -> None:
 def test_no_crystals_found(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     message = error_of(run("voxelize", *sets(f"data.inputs=[{tmp_path}/in]", f"data.shards={tmp_path}/out")))
-    assert message.startswith(f"no crystals found in {tmp_path}/in: expected *.cif")
+    assert message.startswith(f"no crystals found in {tmp_path}/in: expected CIF")
     assert not (tmp_path / "out").exists()
 
 
@@ -183,15 +183,14 @@ def test_output_folder_that_holds_other_things(tmp_path: Path) -> None:
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Index:
     """A few real perovskites as shards of three splits, written without Ray."""
     folder = tmp_path_factory.mktemp("few")
-    root, work, grid = folder / "shards", folder / "work", GridSpec(shape=16, max_spacing_A=0.5)
-    table = SAMPLE / "perov_5.parquet"
-    rows = scan_chunk(0, Chunk(table.parent, (table.name,), 0, TRAINING_CRYSTALS + 2), work, grid, {"train": 1.0}).rows
-    ends = {"train": (0, TRAINING_CRYSTALS), "val": (TRAINING_CRYSTALS, -1), "test": (-1, None)}
-    tasks = [ShardTask(f"{split}-000000.tar", split, 0, rows[start:stop]) for split, (start, stop) in ends.items()]
-    records = tuple(build_shard(task, root, work, grid) for task in tasks)
-    index = Index(root, {"grid": grid.model_dump(mode="json")}, "0", "0", {"inputs": len(rows)}, records)
-    index.write()
-    return index
+    table = few_rows(SAMPLE / "perov_5.parquet", TRAINING_CRYSTALS + 2, folder)
+    ids = pq.read_table(table)["id"].to_pylist()
+    listed = {}
+    for split, id in (("val", ids[-2]), ("test", ids[-1])):
+        listed[split] = folder / f"{split}.txt"
+        listed[split].write_text(f"{id}\n")
+    data = DataConfig(inputs=(table,), shards=folder / "shards", splits={"train": 1.0}, split_ids=listed)
+    return write_shards(data, GridSpec(shape=16, max_spacing_A=0.5))
 
 
 @pytest.fixture
@@ -200,19 +199,58 @@ def of_shards(shards: Index) -> list[str]:
     return [f"data.shards={shards.root}", "grid.shape=16", "grid.max_spacing_A=0.5", "engine.name=torch"]
 
 
-def test_verify_tells_whole_and_damaged_shards(shards: Index, tmp_path: Path) -> None:
+def damaged(shards: Index, folder: Path) -> tuple[Path, str]:
+    """A copy without its validation shard, and with one bit of a sample of the training shard changed; its key."""
+    shutil.copytree(shards.root, folder)
+    (folder / "val-000000.tar").unlink()
+    (train,) = (shard for shard in shards.shards if shard.split == "train")
+    offset, _ = train.samples[3].members["species.npy"]
+    raw = bytearray((folder / train.name).read_bytes())
+    raw[offset + 200] ^= 1
+    (folder / train.name).write_bytes(raw)
+    return folder, train.samples[3].key
+
+
+def test_verify_tells_whole_and_damaged_shards_and_samples(shards: Index, tmp_path: Path) -> None:
     done = run("verify", str(shards.root))
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
     assert done.stdout == f"3 shards, {TRAINING_CRYSTALS + 2} samples: all as the index says\n"
-    copy = tmp_path / "copy"
-    shutil.copytree(shards.root, copy)
-    (copy / "val-000000.tar").unlink()
-    raw = bytearray((copy / "train-000000.tar").read_bytes())
-    raw[-1] ^= 1
-    (copy / "train-000000.tar").write_bytes(raw)
-    assert error_of(run("verify", str(copy))) == (
-        f"2 of 3 shards of {copy} are damaged:\n  train-000000.tar: sha256 differs\n  val-000000.tar: missing"
-    )
+    copy, key = damaged(shards, tmp_path / "copy")
+    for more in ((), ("--quick",)):
+        told = error_of(run("verify", str(copy), *more))
+        assert told.startswith(f"2 of 3 shards of {copy} are damaged:\n  train-000000.tar: sha256 differs\n")
+        assert (f"  train-000000.tar {key}: crc32" in told) == (not more)
+        assert "  val-000000.tar: missing\n" in told
+        assert f"dist-train verify {copy} --repair" in told
+    assert contents(copy).keys() == contents(shards.root).keys() - {"val-000000.tar"}
+
+
+def test_damaged_shards_are_moved_aside(shards: Index, tmp_path: Path) -> None:
+    copy, _ = damaged(shards, tmp_path / "copy")
+    assert f"1 moved to {copy}/quarantined" in error_of(run("verify", str(copy), "--quarantine"))
+    assert (copy / "quarantined" / "train-000000.tar").is_file()
+    assert not (copy / "train-000000.tar").exists()
+
+
+def test_inspect_shows_numbers_and_a_picture(shards: Index, tmp_path: Path) -> None:
+    sample = shards.shards[0].samples[1]
+    picture = tmp_path / "new" / "picture.png"
+    shown = {name: run("inspect", str(shards.root), name, "--out", str(picture)) for name in (sample.key, sample.id)}
+    assert {done.returncode for done in shown.values()} == {0}
+    text = shown[sample.key].stdout
+    assert text == shown[sample.id].stdout
+    assert text.startswith(f"{sample.key}, copy 0 of {sample.id}, in {shards.root}/train-000000.tar (train)\n")
+    assert "16 x 16 x 16 voxels" in text
+    assert "exact: all 5 atoms" in text
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_inspect_names_what_is_close_to_an_unknown_sample(shards: Index, tmp_path: Path) -> None:
+    id = shards.shards[0].samples[0].id
+    message = error_of(run("inspect", str(shards.root), f"{id}x", "--out", str(tmp_path / "p.png")))
+    assert message.startswith(f"no sample of {shards.root} has the key or id '{id}x'; close to it: ")
+    assert id in message
+    assert not list(tmp_path.iterdir())
 
 
 def test_verify_without_shards(tmp_path: Path) -> None:
@@ -233,8 +271,8 @@ def test_training_without_shards(tmp_path: Path) -> None:
 def test_too_few_crystals_for_a_global_batch(of_shards: list[str], tmp_path: Path) -> None:
     message = error_of(run("train", *sets(*of_shards, f"run_dir={tmp_path}/run", "train.global_batch_size=16")))
     assert message == (
-        f"the training split has {TRAINING_CRYSTALS} samples, fewer than train.global_batch_size 16; "
-        "lower it or voxelise more crystals"
+        f"the training split has {TRAINING_CRYSTALS} samples of 1 grid shapes, at most {TRAINING_CRYSTALS} of "
+        "one shape, fewer than train.global_batch_size 16; lower it or voxelise more crystals"
     )
     assert not (tmp_path / "run").exists()
 

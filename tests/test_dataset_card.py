@@ -80,7 +80,7 @@ def tables(text: str) -> dict[str, list[list[str]]]:
 def test_every_number_is_that_of_an_independent_count(card: Card, crystals: list[Crystal], tmp_path: Path) -> None:
     text = written(tmp_path / "set", card)
     found = tables(text)
-    assert "# Data set set\n" in text
+    assert "# Data set of crystals\n" in text
     assert "400 samples of 200 crystals, 12.3 MB" in text
     assert "dist_train 9.8.7 with the settings 0123456789abcdef" in text
     assert "1,234 inputs = 200 accepted + 1,034 rejected." in text
@@ -158,7 +158,7 @@ def test_foreign_text_shows_as_it_is_and_breaks_nothing(card: Card, tmp_path: Pa
     assert text.count("```") == 6 + 1, "three blocks of code, and the fence inside the settings"
     assert not re.search(r"[<>`$~\\\x1b\u202e]|\*|__|(?<!!)\[|javascript:1\)\s*\]", prose)
     assert len(re.findall(r"!\[", prose)) == 3
-    assert [line for line in prose.splitlines() if line.startswith("# ")] == ["# Data set a&#124;&#60;b&#62;&#95;&#42;"]
+    assert [line for line in prose.splitlines() if line.startswith("# ")] == ["# Data set of crystals"]
     shown = " ".join(HOSTILE.replace("\x1b", " ").replace("\u202e", " ").split())
     assert html.unescape(tables(prose)["input"][0][0]) == shown
     assert html.unescape(tables(prose)["stage"][0][1]) == shown

@@ -16,7 +16,8 @@ import pytest
 from dist_train.crystal.cif import read_cif
 from dist_train.crystal.interop import to_pymatgen
 from dist_train.models.export import read_bundle
-from dist_train.shards.index import Index, verify
+from dist_train.shards.index import Index
+from dist_train.shards.verify import verify
 
 ROOT = Path(__file__).parents[1]
 LIMIT_S = 480
@@ -46,8 +47,11 @@ def test_all_inputs_are_accounted_for_and_broken_files_have_a_reason(demo: Path)
         index = Index.read(demo / "shards" / name)
         assert index.counts["inputs"] == index.counts["accepted"] + index.counts["rejected"]
         assert index.counts["accepted"] == sum(len(shard.samples) for shard in index.shards)
-        assert not list(verify(index))
+        assert not verify(index, workers=1)
         assert {shard.split for shard in index.shards} == {"train", "val", "test"}
+        card = (demo / "shards" / name / "dataset_card.md").read_text()
+        assert f"{index.counts['inputs']:,} inputs = {index.counts['accepted']:,} accepted" in card
+        assert "not stated" not in card
     with (demo / "shards" / "families" / "rejected.csv").open() as stream:
         reasons = {row["file"]: row["reason"] for row in csv.DictReader(stream)}
     broken = {f"broken/{path.name}" for path in (ROOT / "data" / "sample" / "cifs" / "broken").iterdir()}

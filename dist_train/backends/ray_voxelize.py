@@ -26,7 +26,7 @@ import numpy as np
 from dist_train import __version__
 from dist_train.config import DataConfig, GridSpec
 from dist_train.crystal.elements import NUMBERS
-from dist_train.dataset_card import Card, write_card
+from dist_train.dataset_card import PICTURES_NAME, Card, write_card
 from dist_train.errors import DataError, DistTrainError, ShardError
 from dist_train.files import write_text
 from dist_train.progress import Progress
@@ -50,17 +50,23 @@ OBJECT_STORE_BYTES = 100 * 2**20
 MAX_RETRIES = 5
 """Of a task whose worker or node is lost; a task that fails by itself isn't retried."""
 GROUPS_PER_TASK = 64
+FULL = (errno.ENOSPC, errno.EDQUOT)
 DECIDING = {
-    "inputs", "splits", "split_column", "split_ids", "drop_duplicates", "duplicate_tolerance_A", "store", "encoding",
-    "copies", "samples_per_shard", "seconds_per_file", "memory_per_file_MB",
+    "inputs", "licences", "splits", "split_column", "split_ids", "drop_duplicates", "duplicate_tolerance_A", "store",
+    "encoding", "copies", "samples_per_shard", "seconds_per_file", "memory_per_file_MB",
 }  # fmt: skip
 """Settings that decide the bytes; workers and addresses don't."""
 
 
 def repair(index: Index, workers: int) -> Index:
     """Build missing and damaged shards of a finished run again, from its own settings and inputs."""
-    data = DataConfig.model_validate(index.config["data"] | {"shards": index.root, "workers": workers})
-    return voxelize(data, index.grid)
+    given = index.config["data"]
+    ordered = {
+        name: {split: given[name][split] for split in index.config["split_order"] if split in given[name]}
+        for name in ("splits", "split_ids")
+    }
+    own = {"shards": index.root, "workers": workers, "max_rejected_fraction": 1}  # what was rejected was accepted so
+    return voxelize(DataConfig.model_validate(given | ordered | own), index.grid)
 
 
 def voxelize(data: DataConfig, grid: GridSpec, cluster: Cluster | None = None) -> Index:
@@ -70,11 +76,23 @@ def voxelize(data: DataConfig, grid: GridSpec, cluster: Cluster | None = None) -
     the disk is full.
     """
     data = data.model_copy(update={"shards": data.shards.absolute()})  # a worker may have another working directory
+    try:
+        return _voxelize(data, grid, cluster)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise ShardError(
+            f"the disk of {data.shards} is full; free space and run the same command again: it goes on from there"
+        ) from None
+
+
+def _voxelize(data: DataConfig, grid: GridSpec, cluster: Cluster | None) -> Index:
     root = data.shards
     found = discover(data.inputs)
     resolved = {
         "data": data.model_dump(mode="json", include=DECIDING),
         "grid": grid.model_dump(mode="json"),
+        "split_order": [*dict.fromkeys([*data.splits, *data.split_ids])],  # decides too, and JSON objects have none
         # Other inputs under the same paths are noticed by their sizes.
         "read": {
             "files": len(found.sizes),
@@ -86,6 +104,7 @@ def voxelize(data: DataConfig, grid: GridSpec, cluster: Cluster | None = None) -
     digest = config_hash(resolved)
     index = _existing(root, digest)
     if index and _is_whole(index):
+        _tidy(root)
         shutil.rmtree(root / WORK_NAME, ignore_errors=True)  # left by a kill just after the index was written
         return index
     work = _open_work(root, digest)
@@ -95,12 +114,17 @@ def voxelize(data: DataConfig, grid: GridSpec, cluster: Cluster | None = None) -
         with nullcontext(cluster) if cluster else Cluster(data) as ray:
             index = _run(ray, data, grid, found, resolved, digest, work)
     finally:
-        # A task that was ended in the middle of a file can't tidy up after itself.
-        for leaving in work.glob(".*.tmp"):
-            leaving.unlink()
+        _tidy(root)
     index.write()
     shutil.rmtree(work)
     return index
+
+
+def _tidy(root: Path) -> None:
+    """Remove what tasks and jobs that were ended in the middle of a file left behind."""
+    for folder in (root, root / WORK_NAME, root / PICTURES_NAME):
+        for leaving in folder.glob(".*.tmp"):
+            leaving.unlink(missing_ok=True)  # a task that is just being ended may be faster
 
 
 def _run(
@@ -282,11 +306,15 @@ class Cluster:
         except (ConnectionError, RuntimeError, ValueError) as error:
             where = address or "a local cluster"
             raise DistTrainError(f"Ray could not be reached ({where}): {error}; check data.ray_address") from None
-        cpus = ray.cluster_resources().get("CPU", 0.0)
-        self.in_flight = 2 + 2 * int(cpus / data.cpus_per_task)
-        if cpus < data.cpus_per_task:
+        needed = {"CPU": data.cpus_per_task, "memory": (data.memory_per_task_MB or 0) * 10**6}
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        fit = [node for node in nodes if all(node.get(name, 0) >= amount for name, amount in needed.items())]
+        self.in_flight = 2 + 2 * int(sum(node["CPU"] for node in fit) / data.cpus_per_task)
+        if not fit:  # Ray would wait forever for one
+            has = ", ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('memory', 0) / 1e6:.0f} MB" for node in nodes[:8])
             raise DistTrainError(
-                f"the Ray cluster has {cpus:g} CPUs, a task needs data.cpus_per_task {data.cpus_per_task:g}"
+                f"no node of the Ray cluster ({has}) has room for a task: data.cpus_per_task {data.cpus_per_task:g}, "
+                f"data.memory_per_task_MB {data.memory_per_task_MB}"
             )
 
     def map(
@@ -324,20 +352,17 @@ class Cluster:
                 totals.update(figures(results[place]))
                 progress.update(sizes[place], **totals)
 
-    def _readable(self, label: str, error: Any) -> Exception:
+    def _readable(self, label: str, error: Exception) -> Exception:
         """A task's error as the user should see it."""
         cause = getattr(error, "cause", None)
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            root = self.data.shards
-            return ShardError(
-                f"the disk of {root} is full; free space and run the same command again: it goes on from there"
-            )
         if cause is None:
             return DistTrainError(
                 f"{label}: the workers of a task were lost {MAX_RETRIES + 1} times ({' '.join(str(error).split())[:300]}); "
                 "run the same command again: it goes on from there"
             )
-        return cause if isinstance(cause, DistTrainError) else error
+        if isinstance(cause, DistTrainError) or (isinstance(cause, OSError) and cause.errno in FULL):
+            return cause
+        return error
 
 
 def _check_reachable(address: str) -> None:

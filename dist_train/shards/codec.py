@@ -70,8 +70,10 @@ def encode_sample(crystal: Crystal, grid: VoxelGrid | None, encoding: Encoding =
         peaks, codes = _roots(grid.density_CDHW, crystal)
         more["density_max"] = peaks.tolist()
         members = {"density.npy.zst": _zstd(_npy(codes)), "species.npy.zst": _zstd(_npy(grid.species_DHW))}
-    row = json.loads(crystal.to_json()) | more
-    return members | {"structure.json": json.dumps(row, separators=(",", ":")).encode()}
+    row = crystal.to_json()
+    if more:
+        row = f"{row[:-1]},{json.dumps(more, separators=(',', ':'))[1:]}"
+    return members | {"structure.json": row.encode()}
 
 
 def decode_sample(

@@ -101,10 +101,9 @@ def scan_chunk(part: int, chunk: Chunk, work: Path, data: DataConfig, grid: Grid
                 id, file, stage, reason = values
                 rejected.append((id, chunk.input, file, stage, reason))
             else:
-                id, file, formula, atoms, volume, shape, split, line = values
-                encoded = line.encode() + b"\n"
-                rows.append((id, chunk.input, file, formula, atoms, volume, shape, split, part, stream.tell(), len(encoded)))
-                stream.write(encoded)
+                id, file, *told, line = values
+                rows.append((id, chunk.input, file, *told, part, stream.tell(), len(line)))
+                stream.write(line)
         size = stream.tell()
     result = {"bytes": size, "rows": rows, "rejected": rejected}
     write_text(part_path(work, part).with_suffix(".result"), json.dumps(result))
@@ -122,7 +121,7 @@ def read_part(work: Path, row: Row) -> Crystal:
 
 
 def _messages(chunk: Chunk, data: DataConfig, grid: GridSpec) -> Iterator[list[Any]]:
-    """['taken', ...] and ['rejected', ...] of every crystal, whatever happens to the children that read them."""
+    """['taken', ..., line of JSON] or ['rejected', ...] of every crystal, whatever happens to the children."""
     first, deaths = 0, 0
     while first < len(chunk):
         number, id, file = first - 1, chunk.name(first), chunk.place
@@ -139,8 +138,10 @@ def _messages(chunk: Chunk, data: DataConfig, grid: GridSpec) -> Iterator[list[A
                     return
                 if kind == "begin":
                     number, id, file = values
-                else:
+                elif kind == "rejected":
                     yield [kind, *values]
+                elif (crystal := child.stdout.readline()).endswith(b"\n"):  # type: ignore[union-attr]
+                    yield [kind, *values, crystal]
             reason = _ending(child.wait(), data)
         finally:
             if child:
@@ -250,11 +251,11 @@ def _set_timers(seconds: float) -> None:
 def _read(chunk: Chunk, first: int, data: DataConfig, grid: GridSpec, output: IO[bytes]) -> None:
     """Write the messages of a chunk from unit `first` on; between two of them the timers run."""
 
-    def tell(kind: str, *values: Any) -> None:
+    def tell(kind: str, *values: Any, then: str = "") -> None:
         _set_timers(0)
         if kind == "rejected":
             values = tuple(value[:MAX_TEXT] for value in values)
-        output.write(json.dumps([kind, *values]).encode() + b"\n")
+        output.write(f"{json.dumps([kind, *values])}\n{then}".encode())
         output.flush()
         _set_timers(data.seconds_per_file)
 
@@ -265,9 +266,14 @@ def _read(chunk: Chunk, first: int, data: DataConfig, grid: GridSpec, output: IO
             tell("begin", number, unit.id, unit.file)
             try:
                 for id, item in unit.items():
-                    tell(*_judged(id, unit.file, unit.split, item, grid))
+                    message, crystal = _judged(id, unit.file, unit.split, item, grid)
+                    tell(*message, then=crystal)
             except DataError as error:
                 tell("rejected", unit.id, unit.file, "parse", str(error))
+            except MemoryError:
+                raise
+            except Exception as error:  # every remote file system has errors of its own
+                tell("rejected", unit.id, unit.file, "parse", f"{unit.id}: {type(error).__name__}: {error}")
             number += 1
     except (DataError, OSError) as error:
         for name in map(chunk.name, range(number, len(chunk))):
@@ -276,19 +282,21 @@ def _read(chunk: Chunk, first: int, data: DataConfig, grid: GridSpec, output: IO
     _set_timers(0)
 
 
-def _judged(id: str, file: str, split: str | None, item: Crystal | CrystalError, grid: GridSpec) -> tuple[Any, ...]:
-    """The message of a crystal: taken, or rejected and why."""
+def _judged(
+    id: str, file: str, split: str | None, item: Crystal | CrystalError, grid: GridSpec
+) -> tuple[tuple[Any, ...], str]:
+    """The message of a crystal: taken, and the line of JSON that follows; or rejected, and why."""
     if len(id) > MAX_TEXT:
-        return "rejected", id, file, "parse", f"an id of {len(id)} characters, at most {MAX_TEXT} are taken"
+        return ("rejected", id, file, "parse", f"an id of {len(id)} characters, at most {MAX_TEXT} are taken"), ""
     if isinstance(item, CrystalError):
-        return "rejected", id, file, "parse", str(item)
+        return ("rejected", id, file, "parse", str(item)), ""
     try:
         crystal = representable(item, grid)
     except CrystalError as error:
-        return "rejected", id, file, "grid", str(error)
+        return ("rejected", id, file, "grid", str(error)), ""
     shape = grid_shape(crystal.lattice_A, grid)
-    told = (crystal.formula, len(crystal), crystal.volume_A3, shape)
-    return "taken", id, file, *told, split, crystal.to_json()
+    told = (crystal.formula, len(crystal), crystal.volume_A3, shape, split)
+    return ("taken", id, file, *told), f"{crystal.to_json()}\n"
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from io import BytesIO
+from io import BufferedReader, BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal, cast
 
@@ -133,7 +133,7 @@ def _is_local(fs: Any) -> bool:
 
 def _add(found: Found, given: str, fs: Any, path: str) -> None:
     """Add a file, all of a folder or, where nothing has this name, what it matches as a pattern."""
-    there = os.path.lexists(path) if _is_local(fs) else fs.exists(path)
+    there = _exists(fs, path)
     if not there and (magic := re.search(r"[*?[]", path)):
         _add_matches(found, given, fs, path, path[: magic.start()].rpartition("/")[0])
     elif fs.isdir(path):
@@ -144,6 +144,16 @@ def _add(found: Found, given: str, fs: Any, path: str) -> None:
         raise DataError(f"input {given} is of no known kind: names end in {' '.join(formats.ENDINGS)}, .tar or .zip")
     else:
         _add_files(found, given, fs, path.rpartition("/")[0], {path: _size(fs, path)}, alone=True)
+
+
+def _exists(fs: Any, path: str) -> bool:
+    """Whether there is a file, folder or link of this name; PermissionError where that can't be told."""
+    if not _is_local(fs):
+        return bool(fs.exists(path))
+    try:
+        return bool(os.lstat(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def _add_matches(found: Found, given: str, fs: Any, pattern: str, root: str) -> None:
@@ -318,7 +328,7 @@ def _open(place: str) -> BinaryIO:
             raise OSError("isn't a file")
         return Path(place).open("rb")
     fs, path = fsspec.core.url_to_fs(place)
-    return cast(BinaryIO, fs.open(path, "rb"))
+    return BufferedReader(fs.open(path, "rb"))  # its own lines may be of any length
 
 
 def _length(stack: ExitStack, place: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
+import pytest
 
 from dist_train.files import sha256
 
@@ -27,6 +29,26 @@ def session(leader: int) -> list[int]:
             if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process.pid)
     return found
+
+
+def commands(leader: int) -> list[tuple[psutil.Process, str]]:
+    """The processes of a session with their command lines."""
+    found = []
+    for pid in session(leader):
+        with suppress(psutil.Error):
+            process = psutil.Process(pid)
+            found.append((process, " ".join(process.cmdline())))
+    return found
+
+
+def holder(leader: int, pattern: str) -> psutil.Process | None:
+    """A process of a session that has a file open whose path matches."""
+    for process, _ in commands(leader):
+        for link in Path(f"/proc/{process.pid}/fd").glob("*"):
+            with suppress(OSError):
+                if re.fullmatch(pattern, os.readlink(link)):
+                    return process
+    return None
 
 
 def kill_session(leader: subprocess.Popen[str]) -> None:
@@ -77,7 +99,8 @@ def wait_until(condition: Callable[[], object], process: subprocess.Popen[str] |
     """Poll until a condition holds; fails when that takes too long, or when the process ends before."""
     deadline = time.monotonic() + LIMIT_S
     while not condition():
-        assert process is None or process.poll() is None, process.communicate()
+        if process and process.poll() is not None:
+            pytest.fail("it ended early:\n" + "".join(process.communicate()))
         assert time.monotonic() < deadline
         time.sleep(0.002)
 

@@ -30,7 +30,7 @@ Reason = str
 def cif(cell: str = "4 4 4 90 90 90", sites: str = "Fe1 Fe 0 0 0 1\nO1 O 0.5 0.5 0.5 1", more: str = "") -> str:
     names = [f"_cell_length_{x}" for x in "abc"] + [f"_cell_angle_{x}" for x in ("alpha", "beta", "gamma")]
     parameters = "\n".join(f"{name} {value}" for name, value in zip(names, cell.split()))
-    columns = "label type_symbol fract_x fract_y fract_z occupancy".split()
+    columns = ("label", "type_symbol", "fract_x", "fract_y", "fract_z", "occupancy")
     head = "\n".join(f"_atom_site_{column}" for column in columns)
     return f"data_x\n{parameters}\n{more}\nloop_\n{head}\n{sites}\n"
 
@@ -155,7 +155,7 @@ def poscar_files() -> dict[str, tuple[str | bytes, Reason]]:
         "POSCAR_deuterium": (poscar(symbols="Fe D"), "unknown element or isotope 'D'"),
         "POSCAR_counts": (poscar(counts="1 1 1"), "2 elements 'Fe O' with 3 numbers"),
         "POSCAR_negative": (poscar(counts="2 -1"), "no numbers of atoms"),
-        "POSCAR_zero": (poscar(counts="0 0"), ": no atoms$"),
+        "POSCAR_zero": (poscar(counts="0 0"), "no atoms$"),
         "POSCAR_huge_count": (poscar(counts="1 99999999999999999999"), "100000000000000000000 atoms, at most"),
         "POSCAR_digits": (poscar(counts="9" * 10**5), "4 elements 'Fe O 9{35}' with 3 numbers"),
         "POSCAR_100000": (poscar(counts=f"{MANY} 0", sites=rows), "100000 atoms, at most"),
@@ -180,7 +180,7 @@ def extxyz_files() -> dict[str, tuple[str | bytes, Reason]]:
         "nan_lattice.xyz": (frame(f'Lattice="nan 0 0 0 4 0 0 0 4" {columns}'), "no cell, its vectors|not finite"),
         "short_lattice.xyz": (frame(f'Lattice="4 0 0" {columns}'), "ASE can't take it"),
         "slab.xyz": (frame(f'{lattice} {columns} pbc="T T F"'), "periodic in all three directions"),
-        "zero.xyz": (frame(count="0", sites=""), ": no atoms$"),
+        "zero.xyz": (frame(count="0", sites=""), "no atoms$"),
         "negative.xyz": (frame(count="-1"), "a number of atoms is needed where the file has '-1'"),
         "huge_count.xyz": (frame(count="9" * 18), "9{18} atoms, at most"),
         "digits.xyz": (frame(count="9" * 10**5), "a number of atoms is needed"),
@@ -213,7 +213,7 @@ def structure_files() -> dict[str, tuple[str | bytes, Reason]]:
         "digits.structure.json": (structure(numbers=[10**4000]), "no structure as in shards: OverflowError"),
         "element.structure.json": (structure(numbers=[999]), "unknown atomic numbers"),
         "uneven.structure.json": (structure(numbers=[26, 8]), "1 positions for 2 atomic numbers"),
-        "none.structure.json": (structure(numbers=[], frac=[]), ": no atoms$"),
+        "none.structure.json": (structure(numbers=[], frac=[]), "no atoms$"),
         "many.structure.json": (structure(numbers=[1] * MANY, frac=[[0, 0, 0]] * MANY), "100000 atoms, at most"),
         "long_id.structure.json": (structure(id="x" * 10**6), "an id of 1000000 characters"),
     }
@@ -317,7 +317,10 @@ def tar_files() -> dict[str, tuple[bytes, Reason]]:
             gzip.compress(header("x.bin", octal(10**9)), mtime=0) + gzip.compress(bytes(10**6), mtime=0) * 1000,
             "a member ends at byte 1000000",
         ),
-        "headers.tar.gz": (gzip.compress(header("x", octal(2**16), b"g") + bytes(2**16), mtime=0) * 1000, "of the decompressed archive, at most"),
+        "headers.tar.gz": (
+            gzip.compress(header("x", octal(2**16), b"g") + bytes(2**16), mtime=0) * 1000,
+            "of the decompressed archive, at most",
+        ),
         "truncated.tar.gz": (gzip.compress(whole, mtime=0)[:-30], "Compressed file ended"),
         "truncated.tar.xz": (b"\xfd7zXZ\0", "Compressed file ended"),
         "noise.tar.bz2": (b"BZh9" + bytes(500), "Invalid data stream"),
@@ -467,7 +470,7 @@ KINDS: dict[str, Callable[[], dict[str, tuple[str | bytes, Reason]]]] = {
     "table": parquet_files,  # type: ignore[dict-item]
 }
 
-ODD_NAMES = ("line\nbreak.cif", "tab\tand \"quotes\", and '.cif", os.fsdecode(b"not-utf8-\xff\xfe.cif"), "-rf $(x).cif")
+ODD_NAMES = ("line\nbreak.cif", 'tab\tand "quotes", and \'.cif', os.fsdecode(b"not-utf8-\xff\xfe.cif"), "-rf $(x).cif")
 """Of good files; they are accepted under these names."""
 
 

@@ -1,212 +1,189 @@
-"""Planning of a voxelising job: what is found, which split a crystal gets, and that no row is lost or doubled."""
+"""Planning of a voxelising job: which rows are doubled or duplicates, which split each gets, and that none is lost."""
 
 from __future__ import annotations
 
-import gzip
-import shutil
-import subprocess
-import sys
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from small_shards import real_crystals
 
-from dist_train.config import DataConfig, GridSpec
-from dist_train.crystal.parquet import read_parquet_rows
+from dist_train.config import DataConfig
 from dist_train.crystal.structure import Crystal
 from dist_train.errors import DataError
 from dist_train.shards.plan import (
-    CIFS_PER_CHUNK,
-    ROWS_PER_CHUNK,
-    Chunk,
-    Row,
-    ScanResult,
     ShardTask,
-    discover,
-    part_name,
+    alike,
+    distinct,
+    find_duplicates,
     plan_shards,
-    read_chunk,
-    scan_chunk,
+    read_split_ids,
     split_of,
+    split_rows,
     unit_hash,
+    without,
 )
+from dist_train.shards.scan import Rejected, Row, ScanResult, part_path
 
-SAMPLE = Path(__file__).parents[2] / "data" / "sample"
-TABLE = SAMPLE / "perov_5.parquet"
 SPLITS = {"train": 0.9, "val": 0.04, "test": 0.06}
-NOBODY = 65534
+EVEN = {"train": 0.5, "val": 0.3, "test": 0.2}
 
 formulas = st.text("ABCOa123 ", min_size=1, max_size=12)
 
 
-def found(chunks: list[Chunk]) -> list[str]:
-    return [str(chunk.root / file) for chunk in chunks for file in chunk.files]
+def row(id: str, formula: str = "Fe1", split: str | None = None, atoms: int = 1, volume: float = 10.0) -> Row:
+    return Row(id, "in", f"{id}.cif", formula, atoms, volume, (16, 16, 16), split, 0, 0, 0)
 
 
-def touch(*paths: Path) -> None:
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+@st.composite
+def rows_of(draw: st.DrawFn) -> list[Row]:
+    """Rows of different ids, in any order, of few formulas."""
+    numbers = draw(st.lists(st.integers(0, 200), unique=True, max_size=40))
+    return [row(f"id{i}", f"f{i % 7}") for i in numbers]
 
 
-# discover
+# Doubled ids
 
 
-def test_folders_are_searched_recursively_in_a_fixed_order(tmp_path: Path) -> None:
-    names = ["b/2.cif", "a.cif", "b/1.cif.gz", "b/c/x.cif"]
-    touch(*(tmp_path / name for name in [*names, "b/notes.txt", "b/cif", "a.cif.bak"]))
-    (chunk,) = discover([str(tmp_path)])
-    assert chunk.root == tmp_path
-    assert chunk.files == tuple(sorted(names))
-    assert len(chunk) == 4
+@given(st.lists(st.lists(st.integers(0, 40), max_size=15), min_size=1, max_size=5))
+def test_every_row_is_kept_once_or_rejected_as_doubled(numbers: list[list[int]]) -> None:
+    bad = Rejected("bad", "in", "bad.cif", "parse", "bad: no atoms")
+    results = [ScanResult(tuple(row(f"id{i}") for i in some), (bad,)) for some in numbers]
+    rows, rejected = distinct(iter(results))
+    ids = [f"id{i}" for some in numbers for i in some]
+    assert [r.id for r in rows] == list(dict.fromkeys(ids))
+    doubled = [r for r in rejected if r is not bad]
+    assert Counter(r.id for r in rows) + Counter(r.id for r in doubled) == Counter(ids)
+    assert len(rejected) - len(doubled) == len(numbers)
+    assert all(r.stage == "plan" for r in doubled)
 
 
-def test_order_does_not_depend_on_the_order_of_creation(tmp_path: Path) -> None:
-    names = [f"{i:02d}.cif" for i in range(20)]
-    touch(*(tmp_path / "up" / name for name in names), *(tmp_path / "down" / name for name in reversed(names)))
-    (up,), (down,) = discover([str(tmp_path / "up")]), discover([str(tmp_path / "down")])
-    assert up.files == down.files == tuple(names)
+def test_a_doubled_id_keeps_the_first_and_tells_where_it_is() -> None:
+    first = replace(row("x"), input="one", file="a/x.cif")
+    again = replace(row("x"), input="two", file="b/x.cif")
+    rows, (rejected,) = distinct([ScanResult((first,), ()), ScanResult((again,), ())])
+    assert rows == [first]
+    reason = "x: this id is already taken by a/x.cif of one"
+    assert rejected == Rejected("x", "two", "b/x.cif", "plan", reason)
 
 
-def test_inputs_keep_their_order_and_large_ones_are_cut(tmp_path: Path) -> None:
-    touch(*(tmp_path / "many" / f"{i:04d}.cif" for i in range(CIFS_PER_CHUNK + 3)), tmp_path / "one.cif")
-    chunks = discover([str(tmp_path / "one.cif"), str(tmp_path / "many"), str(TABLE)])
-    rows = pq.read_metadata(TABLE).num_rows
-    tables = -(-rows // ROWS_PER_CHUNK)
-    assert [len(chunk) for chunk in chunks[:3]] == [1, CIFS_PER_CHUNK, 3]
-    assert found(chunks[:1]) == [str(tmp_path / "one.cif")]
-    spans = [(chunk.start, chunk.stop) for chunk in chunks[3:]]
-    assert len(spans) == tables
-    assert [row for start, stop in spans for row in range(start, stop)] == list(range(rows))
-    assert sum(map(len, chunks)) == 1 + CIFS_PER_CHUNK + 3 + rows
+# Duplicates
 
 
-def test_signs_of_patterns_in_a_path_mean_themselves(tmp_path: Path) -> None:
-    touch(tmp_path / "a[12]*" / "x.cif", tmp_path / "a1" / "y.cif")
-    assert found(discover([str(tmp_path / "a[12]*")])) == [str(tmp_path / "a[12]*" / "x.cif")]
-    with pytest.raises(DataError, match="neither a folder"):
-        discover([str(tmp_path / "a?")])
+def written(crystals: Sequence[Crystal], work: Path) -> list[Row]:
+    """The rows of crystals in a part file."""
+    rows, at = [], 0
+    with part_path(work, 0).open("wb") as stream:
+        for crystal in crystals:
+            line = f"{crystal.to_json()}\n".encode()
+            stream.write(line)
+            told = (crystal.formula, len(crystal), crystal.volume_A3, (16, 16, 16), None)
+            rows.append(Row(crystal.id, "in", f"{crystal.id}.cif", *told, 0, at, len(line)))
+            at += len(line)
+    return rows
 
 
-def test_every_real_family_is_found() -> None:
-    chunks = discover([str(SAMPLE / "cifs")])
-    assert sorted(found(chunks)) == sorted(str(path) for path in (SAMPLE / "cifs").rglob("*.cif*"))
-    assert all(len(chunk) <= CIFS_PER_CHUNK for chunk in chunks)
+def duplicates(work: Path, *crystals: Crystal, tolerance_A: float = 0.01) -> dict[str, str]:
+    """Duplicates among crystals named by their places, 'a', 'b' and so on."""
+    named = [replace(crystal, id=chr(ord("a") + i)) for i, crystal in enumerate(crystals)]
+    return dict(find_duplicates(alike(written(named, work)), work, tolerance_A))
 
 
-def test_no_crystals_found(tmp_path: Path) -> None:
-    touch(tmp_path / "notes.txt")
-    with pytest.raises(DataError, match=rf"no crystals found in {tmp_path}: expected \*\.cif"):
-        discover([str(TABLE), str(tmp_path)])
+def rewritten(crystal: Crystal, seed: int, noise_A: float = 0.0) -> Crystal:
+    """The crystal in another orientation, cell, origin and order of its atoms, each moved by about `noise_A`."""
+    rng = np.random.default_rng(seed)
+    change = np.eye(3, dtype=int)
+    for _ in range(3):  # shears and exchanges of axes keep the volume
+        a, b = rng.choice(3, 2, replace=False)
+        change[a] += rng.integers(-1, 2) * change[b]
+        change = change[rng.permutation(3)]
+    if np.linalg.det(change) < 0:
+        change = -change
+    turn, upper = np.linalg.qr(rng.normal(size=(3, 3)))
+    turn = turn * np.sign(np.diag(upper))
+    turn *= np.sign(np.linalg.det(turn))
+    cart = crystal.cart_N3 + rng.normal(scale=noise_A / np.sqrt(3), size=crystal.frac_N3.shape)
+    lattice = change @ crystal.lattice_A
+    frac = cart @ np.linalg.inv(lattice) + rng.uniform(-2, 2, 3)
+    order = rng.permutation(len(crystal))
+    return replace(crystal, lattice_A=lattice @ turn, frac_N3=frac[order], numbers_N=crystal.numbers_N[order])
 
 
-def test_empty_table_has_no_crystals(tmp_path: Path) -> None:
-    pq.write_table(pq.read_table(TABLE).slice(0, 0), tmp_path / "empty.parquet")
-    with pytest.raises(DataError, match="no crystals found"):
-        discover([str(tmp_path / "empty.parquet")])
+REAL = [*real_crystals(2), *real_crystals(6, table="materials_project")[::2]]
 
 
-def test_no_inputs() -> None:
-    with pytest.raises(DataError, match=r"data\.inputs is empty"):
-        discover([])
+@pytest.mark.parametrize("crystal", REAL, ids=lambda crystal: crystal.id)
+def test_the_same_crystal_written_otherwise_is_found(crystal: Crystal, tmp_path: Path) -> None:
+    others = [rewritten(crystal, seed) for seed in range(2)] + [rewritten(crystal, 2, noise_A=0.002)]
+    assert duplicates(tmp_path, crystal, *others) == {"b": "a", "c": "a", "d": "a"}
 
 
-@pytest.mark.parametrize("name", ["missing", "missing.cif", "missing.parquet"])
-def test_path_that_is_missing(tmp_path: Path, name: str) -> None:
-    with pytest.raises(DataError, match=str(tmp_path / name)):
-        discover([str(tmp_path / name)])
+@pytest.mark.parametrize("crystal", REAL[:2], ids=lambda crystal: crystal.id)
+def test_other_crystals_are_not_duplicates(crystal: Crystal, tmp_path: Path) -> None:
+    moved = crystal.frac_N3.copy()
+    moved[0] += [0.1, 0, 0]
+    swapped = crystal.numbers_N.copy()
+    swapped[[0, -1]] = swapped[[-1, 0]]
+    others = [
+        replace(crystal, frac_N3=moved),
+        replace(crystal, lattice_A=crystal.lattice_A * 1.02),
+        replace(crystal, lattice_A=crystal.lattice_A * np.array([[1.01], [1 / 1.01], [1]])),
+        replace(crystal, numbers_N=crystal.numbers_N + 1),
+        replace(crystal, numbers_N=swapped),
+    ]
+    assert duplicates(tmp_path, crystal, *others) == {}
 
 
-def test_file_of_an_unknown_kind(tmp_path: Path) -> None:
-    touch(tmp_path / "crystals.csv")
-    with pytest.raises(DataError, match=r"crystals\.csv is neither a folder, a CIF file nor a Parquet table"):
-        discover([str(tmp_path / "crystals.csv")])
+def test_the_tolerance_decides(tmp_path: Path) -> None:
+    noisy = rewritten(REAL[0], 0, noise_A=0.05)
+    assert duplicates(tmp_path, REAL[0], noisy, tolerance_A=0.01) == {}
+    assert duplicates(tmp_path, REAL[0], noisy, tolerance_A=0.2) == {"b": "a"}
 
 
-def test_table_that_is_none_and_table_without_the_columns(tmp_path: Path) -> None:
-    (tmp_path / "text.parquet").write_text("id,a,b,c\n")
-    pq.write_table(pa.table({"id": ["x"], "a": [1.0]}), tmp_path / "few.parquet")
-    with pytest.raises(DataError, match="no readable Parquet table"):
-        discover([str(tmp_path / "text.parquet")])
-    with pytest.raises(DataError, match="are missing"):
-        discover([str(tmp_path / "few.parquet")])
+def test_polymorphs_are_not_duplicates_and_mirror_images_are(tmp_path: Path) -> None:
+    """Rock salt and zinc blende of one cell; a crystal without any mirror and its image."""
+    cubic = np.array([[0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]]) * 4.5
+    salt = Crystal("x", cubic, [[0, 0, 0], [0.5, 0.5, 0.5]], [30, 16])  # type: ignore[arg-type]
+    blende = replace(salt, frac_N3=np.array([[0, 0, 0], [0.25, 0.25, 0.25]]))
+    rng = np.random.default_rng(0)
+    chiral = Crystal("x", np.diag([4.0, 5.0, 6.0]), rng.random((5, 3)), np.array([8, 8, 26, 26, 3]))
+    image = replace(chiral, frac_N3=-chiral.frac_N3)
+    assert duplicates(tmp_path, salt, blende, chiral, image) == {"d": "c"}
 
 
-AS_NOBODY = f"""
-import os, sys
-from dist_train.errors import DataError
-from dist_train.shards.plan import discover
-if os.geteuid() == 0:
-    os.setgroups([]), os.setgid({NOBODY}), os.setuid({NOBODY})
-assert os.geteuid() != 0
-try:
-    discover(["inputs"])
-except DataError as error:
-    print(error)
-"""
+def test_the_first_is_kept_and_the_others_name_it(tmp_path: Path) -> None:
+    crystals = [replace(rewritten(REAL[0], i), id=id) for i, id in enumerate(("z", "a", "m"))]
+    rows = written([crystals[0], replace(REAL[1], id="other"), *crystals[1:]], tmp_path)
+    kept, rejected = without(rows, dict(find_duplicates(alike(rows), tmp_path, 0.01)))
+    assert [r.id for r in kept] == ["z", "other"]
+    assert [(r.id, r.file, r.stage) for r in rejected] == [("a", "a.cif", "plan"), ("m", "m.cif", "plan")]
+    assert all(r.reason == f"{r.id}: duplicate of z, the same reduced cell and atoms" for r in rejected)
 
 
-@pytest.mark.parametrize("locked", ["inputs", "inputs/below"])
-def test_unreadable_folder_is_named(tmp_path: Path, locked: str) -> None:
-    """In a child process that gives up root's right to read everything."""
-    touch(tmp_path / "inputs" / "a.cif", tmp_path / "inputs" / "below" / "b.cif")
-    tmp_path.chmod(0o755)
-    (tmp_path / locked).chmod(0)
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", AS_NOBODY], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True
-        )
-    finally:
-        (tmp_path / locked).chmod(0o755)
-    assert done.stdout == f"input {locked} can't be read: Permission denied; check its permissions\n"
+@given(st.lists(st.tuples(st.sampled_from("AB"), st.integers(1, 2), st.floats(1, 3)), max_size=30))
+def test_groups_hold_all_that_may_be_duplicates(told: list[tuple[str, int, float]]) -> None:
+    """Any two of one composition whose volumes differ by under 1 % are in one group, in the order of the rows."""
+    rows = [row(f"id{i}", formula, None, atoms, volume) for i, (formula, atoms, volume) in enumerate(told)]
+    groups = alike(rows)
+    place = {member.id: number for number, group in enumerate(groups) for member in group}
+    assert len(place) == sum(map(len, groups))
+    for i, one in enumerate(rows):
+        for other in rows[:i]:
+            if (one.formula, one.atoms) != (other.formula, other.atoms):
+                assert place.get(one.id, -1) != place.get(other.id, -2)
+            elif abs(one.volume_A3 - other.volume_A3) < 0.0099 * min(one.volume_A3, other.volume_A3):
+                assert place[one.id] == place[other.id]
+    for group in groups:
+        assert len(group) > 1
+        assert list(group) == sorted(group, key=rows.index)
 
 
-# scan
-
-
-def test_a_scan_keeps_accepted_crystals_and_names_the_others(tmp_path: Path) -> None:
-    inputs = tmp_path / "in"
-    shutil.copytree(SAMPLE / "cifs" / "broken", inputs / "broken")
-    (inputs / "good").mkdir()
-    for path in sorted((SAMPLE / "cifs" / "perov_5").glob("*.cif"))[:3]:
-        shutil.copy(path, inputs / "good")
-    packed = min((inputs / "good").iterdir())
-    (inputs / "good" / f"packed-{packed.name}.gz").write_bytes(gzip.compress(packed.read_bytes()))
-    (chunk,) = discover([str(inputs)])
-    result = scan_chunk(7, chunk, tmp_path / "parts", GridSpec(shape="adaptive"), SPLITS)
-    assert {r.id.split("/")[0] for r in result.rejected} == {"broken"}
-    assert len(result.rejected) == len(list((SAMPLE / "cifs" / "broken").iterdir()))
-    assert all(r.reason and r.stage in ("parse", "grid") for r in result.rejected)
-    assert {r.file for r in result.rejected} == {f for f in chunk.files if f.startswith("broken/")}
-    assert len(result.rows) == 4
-    raw = (tmp_path / "parts" / part_name(7)).read_bytes()
-    for row in result.rows:
-        crystal = Crystal.from_json(raw[row.offset : row.offset + row.length])
-        assert crystal.id == row.id
-        assert row.id.startswith("good/")
-        assert (row.part, row.split) == (7, split_of(crystal.formula, SPLITS))
-    assert [path.name for path in (tmp_path / "parts").iterdir()] == [part_name(7)]
-
-
-def test_crystals_too_large_for_the_grid_are_rejected_by_it(tmp_path: Path) -> None:
-    chunk = Chunk(TABLE.parent, (TABLE.name,), 0, 20)
-    result = scan_chunk(0, chunk, tmp_path, GridSpec(shape=16, max_spacing_A=0.1), SPLITS)
-    assert not result.rows
-    assert {r.stage for r in result.rejected} == {"grid"}
-    assert all("at most 0.1 A is allowed" in r.reason for r in result.rejected)
-
-
-def test_chunks_of_a_table_are_its_rows() -> None:
-    chunks = [Chunk(TABLE.parent, (TABLE.name,), start, start + 5) for start in (0, 5, 10)]
-    ids = [id for chunk in chunks for id, _, _ in read_chunk(chunk, 1000)]
-    assert ids == pq.read_table(TABLE, columns=["id"])["id"].to_pylist()[:15]
-
-
-# splits
+# Splits
 
 
 @given(formulas)
@@ -219,6 +196,7 @@ def test_the_hash_is_the_one_that_shards_were_written_with() -> None:
     """A changed hash would move crystals between the splits of old and new shards."""
     assert unit_hash("split", "Ga1 Te1") == pytest.approx(0.111828, abs=1e-6)
     assert unit_hash("ab", "c") != unit_hash("a", "bc")
+    assert unit_hash("order", "\udcff") != unit_hash("order", "x")  # a name that isn't UTF-8
 
 
 @given(formulas, st.lists(st.integers(1, 50), min_size=2, max_size=5))
@@ -226,110 +204,108 @@ def test_a_formula_keeps_its_split_when_the_first_share_grows(formula: str, weig
     splits = {f"s{i}": weight / sum(weights) for i, weight in enumerate(weights)}
     split = split_of(formula, splits)
     assert split in splits
-    assert split_of(formula, dict(splits)) == split
     grown = {**splits, "s0": splits["s0"] + splits["s1"], "s1": 0.0}
     assert split_of(formula, grown) == {"s1": "s0"}.get(split, split)
 
 
-def test_polymorphs_share_a_split(tmp_path: Path) -> None:
-    (chunk, *_) = discover([str(SAMPLE / "cifs" / "carbon_24")])
-    even = {f"s{i}": 0.1 for i in range(10)}
-    result = scan_chunk(0, Chunk(chunk.root, chunk.files[:12]), tmp_path, GridSpec(shape="adaptive"), even)
-    assert len({row.split for row in result.rows}) == 1
-    assert len(result.rows) == 12
+def test_shares_of_many_formulas() -> None:
+    counts = Counter(split_of(f"A{a} B{b}", SPLITS) for a in range(100) for b in range(100))
+    assert {split: count / 10_000 for split, count in counts.items()} == pytest.approx(SPLITS, abs=0.01)
 
 
-def test_shares_on_the_real_perovskites() -> None:
-    rows = read_parquet_rows(TABLE, 0, pq.read_metadata(TABLE).num_rows)
-    crystals = [row for row in rows if isinstance(row, Crystal)]
-    split_by_id = {crystal.id: split_of(crystal.formula, SPLITS) for crystal in crystals}
-    counts = Counter(split_by_id.values())
-    assert len(split_by_id) == len(crystals) > 3000
-    for split, share in SPLITS.items():
-        assert counts[split] / len(crystals) == pytest.approx(share, abs=0.015)
+@given(rows_of())
+def test_polymorphs_share_a_split_and_all_rows_have_one(rows: list[Row]) -> None:
+    splits, rejected = split_rows(rows, DataConfig(splits=EVEN))
+    assert not rejected
+    assert sorted(r.id for members in splits.values() for r in members) == sorted(r.id for r in rows)
+    where = {(r.formula, split) for split, members in splits.items() for r in members}
+    assert len(where) == len({r.formula for r in rows})
+    assert list(splits) == [split for split in EVEN if split in splits]
 
 
-# plan
+def test_splits_by_a_column() -> None:
+    rows = [row("a", split="test"), row("b", split="fold 7"), row("c", split="train"), row("d"), row("e", split="../x")]
+    splits, rejected = split_rows(rows, DataConfig(split_column="fold"))
+    assert {split: [r.id for r in members] for split, members in splits.items()} == {"test": ["a"], "train": ["c"]}
+    assert [(r.id, r.stage, r.reason) for r in rejected] == [
+        (id, "plan", f"{id}: {name!r} in the column 'fold' names no split")
+        for id, name in (("b", "fold 7"), ("d", None), ("e", "../x"))
+    ]
 
 
-@st.composite
-def scans(draw: st.DrawFn) -> tuple[list[ScanResult], list[Chunk]]:
-    """Scan results of a few chunks whose ids may occur twice."""
-    numbers = draw(st.lists(st.lists(st.integers(0, 40), max_size=15), min_size=1, max_size=5))
-    results, chunks = [], []
-    for part, ids in enumerate(numbers):
-        rows = [Row(f"id{i}", "x.cif", split_of(f"f{i % 7}", SPLITS_EVEN), part, 10 * at, 10) for at, i in enumerate(ids)]
-        results.append(ScanResult(tuple(rows), ()))
-        chunks.append(Chunk(Path(f"folder{part}"), tuple(f"{row.id}.cif" for row in rows) or ("none.cif",)))
-    return results, chunks
+def test_splits_by_ids_go_before_the_others(tmp_path: Path) -> None:
+    (tmp_path / "held.txt").write_text("\ufeffa\n\n  b c \r\nnobody\n", encoding="utf-8")
+    by_ids = DataConfig(split_ids={"held": tmp_path / "held.txt"}, splits={"train": 1.0})
+    rows = [row("a", split="train"), row("b c"), row("d", split="train")]
+    splits, rejected = split_rows(rows, by_ids)
+    assert {split: [r.id for r in members] for split, members in splits.items()} == {"train": ["d"], "held": ["a", "b c"]}
+    assert not rejected
+    splits, (rejected_one,) = split_rows([*rows, row("e")], by_ids.model_copy(update={"split_column": "fold"}))
+    assert {split: [r.id for r in members] for split, members in splits.items()} == {"train": ["d"], "held": ["a", "b c"]}
+    assert rejected_one.id == "e"
 
 
-SPLITS_EVEN = {"train": 0.5, "val": 0.3, "test": 0.2}
+def test_lists_of_ids_that_cant_be_used(tmp_path: Path) -> None:
+    one, other = tmp_path / "one.txt", tmp_path / "other.txt"
+    one.write_text("a\nb\na\n")
+    other.write_text("c\nb\n")
+    assert read_split_ids({"x": one}) == {"a": "x", "b": "x"}
+    assert read_split_ids({}) == {}
+    with pytest.raises(DataError, match=r"data\.split_ids: b is in the files of both x and y"):
+        read_split_ids({"x": one, "y": other})
+    with pytest.raises(DataError, match=rf"data\.split_ids\.x: {tmp_path}/gone can't be read"):
+        read_split_ids({"x": tmp_path / "gone"})
+    other.write_bytes(b"\xff\xfe\0")
+    with pytest.raises(DataError, match="can't be read"):
+        read_split_ids({"y": other})
 
 
-def config(samples_per_shard: int) -> DataConfig:
-    return DataConfig(splits=SPLITS_EVEN, samples_per_shard=samples_per_shard)
+# Shards
 
 
-def ids_of(tasks: list[ShardTask]) -> list[str]:
-    return [row.id for task in tasks for row in task.rows]
+def samples_of(tasks: list[ShardTask]) -> list[tuple[str, int]]:
+    return [(r.id, copy) for task in tasks for r, copy in task.entries]
 
 
-@given(scans(), st.integers(1, 6))
-def test_every_row_is_planned_once_or_rejected_as_doubled(
-    scanned: tuple[list[ScanResult], list[Chunk]], samples_per_shard: int
-) -> None:
-    results, _ = scanned
-    given_ids = [row.id for result in results for row in result.rows]
-    tasks, rejected = plan_shards(results, config(samples_per_shard))
-    assert sorted(ids_of(tasks)) == sorted(set(given_ids))
-    assert Counter(ids_of(tasks)) + Counter(r.id for r in rejected) == Counter(given_ids)
-    assert {r.stage for r in rejected} <= {"plan"}
-    assert all("already taken" in r.reason for r in rejected)
-
-
-@given(scans(), st.integers(1, 6))
-def test_shards_are_full_and_numbered(scanned: tuple[list[ScanResult], list[Chunk]], samples_per_shard: int) -> None:
-    tasks, _ = plan_shards(scanned[0], config(samples_per_shard))
-    assert len({task.name for task in tasks}) == len(tasks)
-    for split in SPLITS_EVEN:
+@given(rows_of(), st.integers(1, 6), st.integers(1, 3))
+def test_shards_are_full_and_numbered_and_hold_every_copy_once(rows: list[Row], per_shard: int, copies: int) -> None:
+    data = DataConfig(splits=EVEN, samples_per_shard=per_shard, copies=copies)
+    splits, _ = split_rows(rows, data)
+    tasks = plan_shards(splits, data)
+    assert sorted(samples_of(tasks)) == sorted((r.id, copy) for r in rows for copy in range(copies))
+    for split, members in splits.items():
         mine = [task for task in tasks if task.split == split]
-        assert all(row.split == split for task in mine for row in task.rows)
+        assert sorted(samples_of(mine)) == sorted((r.id, copy) for r in members for copy in range(copies))
         assert [task.name for task in mine] == [f"{split}-{i:06d}.tar" for i in range(len(mine))]
-        assert [task.first for task in mine] == [i * samples_per_shard for i in range(len(mine))]
-        assert all(len(task.rows) == samples_per_shard for task in mine[:-1])
-        assert all(1 <= len(task.rows) <= samples_per_shard for task in mine[-1:])
+        assert [task.first for task in mine] == [i * per_shard for i in range(len(mine))]
+        assert all(len(task.entries) == per_shard for task in mine[:-1])
+        assert all(1 <= len(task.entries) <= per_shard for task in mine[-1:])
+    assert len({task.name for task in tasks}) == len(tasks)
 
 
-@given(scans(), st.permutations(range(5)))
-def test_the_plan_does_not_depend_on_the_order_of_chunks(
-    scanned: tuple[list[ScanResult], list[Chunk]], order: list[int]
-) -> None:
-    results, chunks = scanned
-    turned = [place for place in order if place < len(chunks)]
-    tasks, _ = plan_shards(results, config(4))
-    other, _ = plan_shards([results[i] for i in turned], config(4))
-    assert [(task.name, ids_of([task])) for task in other] == [(task.name, ids_of([task])) for task in tasks]
+@given(rows_of(), st.randoms(use_true_random=False))
+def test_the_plan_does_not_depend_on_the_order_of_rows(rows: list[Row], random: object) -> None:
+    data = DataConfig(splits=EVEN, samples_per_shard=4)
+    turned = list(rows)
+    random.shuffle(turned)  # type: ignore[attr-defined]
+    assert plan_shards(split_rows(turned, data)[0], data) == plan_shards(split_rows(rows, data)[0], data)
 
 
-def test_families_mix() -> None:
-    """The order is that of a hash: a family that is read first doesn't fill the first shards."""
-    rows = [[Row(f"{family}/{i}", "x.cif", "train", part, i, 1) for i in range(100)] for part, family in enumerate("ab")]
-    tasks, _ = plan_shards([ScanResult(tuple(some), ()) for some in rows], config(50))
-    for task in tasks:
-        assert 15 <= sum(row.id.startswith("a/") for row in task.rows) <= 35
+@given(rows_of())
+def test_more_copies_leave_the_order_of_the_first(rows: list[Row]) -> None:
+    one, three = DataConfig(splits=EVEN), DataConfig(splits=EVEN, copies=3)
+    splits, _ = split_rows(rows, one)
+    first = [sample for sample in samples_of(plan_shards(splits, three)) if sample[1] == 0]
+    assert first == samples_of(plan_shards(splits, one))
+    for split, members in splits.items():  # as in the shards of earlier versions
+        ids = [id for id, _ in samples_of(plan_shards({split: members}, one))]
+        assert ids == sorted((r.id for r in members), key=lambda id: unit_hash("order", id))
 
 
-def test_a_doubled_id_keeps_the_first(tmp_path: Path) -> None:
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        shutil.copy(SAMPLE / "cifs" / "perov_5" / "16137.cif", tmp_path / folder / "same.cif")
-    chunks = discover([str(tmp_path / "a"), str(tmp_path / "b")])
-    grid = GridSpec(shape="adaptive")
-    results = [scan_chunk(i, chunk, tmp_path / "parts", grid, SPLITS_EVEN) for i, chunk in enumerate(chunks)]
-    tasks, (rejected,) = plan_shards(results, config(4))
-    assert [(row.id, row.part) for task in tasks for row in task.rows] == [("same", 0)]
-    assert (rejected.id, rejected.file, rejected.stage) == ("same", "same.cif", "plan")
-    whole = discover([str(tmp_path)])
-    apart = [scan_chunk(i, c, tmp_path / "whole", grid, SPLITS_EVEN) for i, c in enumerate(whole)]
-    assert sorted(ids_of(plan_shards(apart, config(4))[0])) == ["a/same", "b/same"]
+def test_families_and_copies_mix() -> None:
+    """The order is that of a hash: a family that is read first doesn't fill the first shards, nor do copies follow."""
+    rows = [row(f"{family}/{i}") for family in "ab" for i in range(100)]
+    for task in plan_shards({"train": rows}, DataConfig(samples_per_shard=50)):
+        assert 15 <= sum(r.id.startswith("a/") for r, _ in task.entries) <= 35
+    ids = [id for id, _ in samples_of(plan_shards({"train": rows}, DataConfig(copies=3)))]
+    assert sum(one == other for one, other in zip(ids, ids[1:])) < 30
