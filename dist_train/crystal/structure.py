@@ -49,7 +49,7 @@ class Crystal:
     def __len__(self) -> int:
         return len(self.numbers_N)
 
-    @property
+    @cached_property
     def volume_A3(self) -> float:
         return float(abs(np.linalg.det(self.lattice_A)))
 

@@ -160,7 +160,7 @@ def _add_matches(found: Found, given: str, fs: Any, pattern: str, root: str) -> 
     """Add files and folders that a pattern matches, each file once; ids begin below the pattern's first sign."""
     files: dict[str, int] = {}
     for path, info in fs.glob(pattern, detail=True).items():
-        if not fs.isdir(path):
+        if not (os.path.isdir(path) if _is_local(fs) else info["type"] == "directory"):
             files[path] = info.get("size") or 0
         elif fs.exists(f"{path}/{INDEX_NAME}"):
             _add_shards(found, given, fs, path)

@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import pytest
 
 from dist_train.files import sha256
 
+T = TypeVar("T")
 LIMIT_S = 120
 ISOLATED = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
@@ -41,14 +43,15 @@ def commands(leader: int) -> list[tuple[psutil.Process, str]]:
     return found
 
 
-def holder(leader: int, pattern: str) -> psutil.Process | None:
-    """A process of a session that has a file open whose path matches."""
-    for process, _ in commands(leader):
-        for link in Path(f"/proc/{process.pid}/fd").glob("*"):
-            with suppress(OSError):
-                if re.fullmatch(pattern, os.readlink(link)):
-                    return process
-    return None
+def holders(leader: int, pattern: str) -> list[psutil.Process]:
+    """The processes of a session that have a file open whose path matches."""
+    return [process for process, _ in commands(leader) if any(re.fullmatch(pattern, path) for path in _open_files(process))]
+
+
+def _open_files(process: psutil.Process) -> Iterator[str]:
+    for link in Path(f"/proc/{process.pid}/fd").glob("*"):
+        with suppress(OSError):
+            yield os.readlink(link)
 
 
 def kill_session(leader: subprocess.Popen[str]) -> None:
@@ -95,14 +98,15 @@ def dist_train(verb: str, settings: tuple[str, ...], *options: str) -> list[str]
     return [sys.executable, "-m", "dist_train", verb, *(part for item in settings for part in ("--set", item)), *options]
 
 
-def wait_until(condition: Callable[[], object], process: subprocess.Popen[str] | None = None) -> None:
-    """Poll until a condition holds; fails when that takes too long, or when the process ends before."""
+def wait_until(condition: Callable[[], T], process: subprocess.Popen[str] | None = None) -> T:
+    """Poll until a condition holds, and what it is then; fails when that takes too long, or the process ends before."""
     deadline = time.monotonic() + LIMIT_S
-    while not condition():
+    while not (found := condition()):
         if process and process.poll() is not None:
             pytest.fail("it ended early:\n" + "".join(process.communicate()))
         assert time.monotonic() < deadline
         time.sleep(0.002)
+    return found
 
 
 def contents(root: Path) -> dict[str, str]:

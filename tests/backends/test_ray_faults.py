@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from processes import LIMIT_S, commands, contents, dist_train, holder, kill_session, session, started, wait_until
+from processes import LIMIT_S, commands, contents, dist_train, holders, kill_session, session, started, wait_until
 
 from dist_train.backends.ray_voxelize import WORK_NAME
 from dist_train.files import sha256
@@ -55,9 +55,9 @@ class Nodes:
         self.process.stdin.flush()
         assert self.process.stdout.readline().strip() == command
 
-    def worker(self, root: Path, kind: str) -> psutil.Process | None:
-        """One in the middle of a file of a kind."""
-        return holder(self.process.pid, rf"{root / WORK_NAME}/\.[\w-]+\.{kind}\..*\.tmp")
+    def workers(self, root: Path, kind: str) -> list[psutil.Process]:
+        """Those in the middle of a file of a kind."""
+        return holders(self.process.pid, rf"{root / WORK_NAME}/\.[\w-]+\.{kind}\..*\.tmp")
 
 
 @pytest.fixture(scope="module")
@@ -180,16 +180,12 @@ def flip(path: Path, at: int) -> None:
 def test_workers_killed_in_the_middle_of_a_scan_and_of_a_shard(nodes: Nodes, job: Job, whole: Path, tmp_path: Path) -> None:
     root = tmp_path / "shards"
     with job(root) as process:
-        wait_until(lambda: (worker := nodes.worker(root, "jsonl")) and worker.children(), process)
-        worker = nodes.worker(root, "jsonl")
-        assert worker
+        worker, *_ = wait_until(lambda: [w for w in nodes.workers(root, "jsonl") if w.children()], process)
         (reader,) = worker.children()
         worker.kill()
         assert len(results(root)) < PARTS, "too late to mean anything"
         reader.wait(30)
-        wait_until(lambda: nodes.worker(root, "tar"), process)
-        worker = nodes.worker(root, "tar")
-        assert worker
+        worker, *_ = wait_until(lambda: nodes.workers(root, "tar"), process)
         worker.kill()
         assert len(recorded(root)) < len(Index.read(whole).shards)
         finish(process)
@@ -200,10 +196,10 @@ def test_workers_killed_in_the_middle_of_a_scan_and_of_a_shard(nodes: Nodes, job
 def test_a_node_removed_in_the_middle(nodes: Nodes, job: Job, whole: Path, tmp_path: Path) -> None:
     root = tmp_path / "shards"
     with job(root) as process:
-        wait_until(lambda: len(recorded(root)) >= 2, process)
+        busy = wait_until(lambda: len(found := nodes.workers(root, "tar")) == 2 and found, process)
         nodes.tell("remove")
         try:
-            assert not (root / INDEX_NAME).exists()
+            assert sum(worker.is_running() for worker in busy) <= 1
             finish(process)
         finally:
             nodes.tell("add")

@@ -49,6 +49,27 @@ ray.shutdown()
 """
 
 
+TABLE_BY_TABLE = """
+import re, sys
+from pathlib import Path
+import psutil
+from dist_train.config import DataConfig, GridSpec
+from dist_train.shards.plan import ShardTask
+from dist_train.shards.scan import read_scan, scan_chunk
+from dist_train.shards.sources import discover
+from dist_train.shards.writer import build_shard
+work, grid = Path(sys.argv[1]), GridSpec(shape="adaptive")
+data = DataConfig(inputs=(str(work),), shards=work)
+for part, chunk in enumerate(discover(data.inputs).chunks):
+    scan_chunk(part, chunk, work, data, grid)
+    entries = tuple((row, 0) for row in read_scan(work, part).rows)
+    build_shard(ShardTask(f"train-{part:06d}.tar", "train", 0, entries), work, work, data, grid)
+    me = psutil.Process()
+    status = [Path(f"/proc/{process.pid}/status").read_text() for process in (me, *me.children())]
+    print(sum(int(re.search(r"VmRSS:\\s+(\\d+)", text)[1]) for text in status) // 1024)
+"""
+
+
 # Runs: made once for the module, as a cluster takes seconds to start.
 
 
@@ -286,6 +307,17 @@ def test_an_address_without_a_cluster_is_told_at_once(inputs: Path, tmp_path: Pa
     with pytest.raises(DistTrainError, match=r"no Ray cluster answers at data\.ray_address 127\.0\.0\.1:1"):
         run(inputs, tmp_path / "shards", "data.ray_address='127.0.0.1:1'")
     assert time.monotonic() - began < 10
+
+
+def test_memory_does_not_grow_with_the_crystals(tmp_path: Path) -> None:
+    """Of a worker and its reader, after each of six equal tables."""
+    table, rows = pq.read_table(SAMPLE / "perov_5.parquet"), 400
+    for part in range(6):
+        pq.write_table(table.slice(part * rows, rows), tmp_path / f"{part}.parquet")
+    command = [sys.executable, "-c", TABLE_BY_TABLE, str(tmp_path)]
+    done = subprocess.run(command, check=True, timeout=120, capture_output=True, text=True)
+    first, *_, last = map(int, done.stdout.split())
+    assert first > 100 and last < first + 20, done.stdout
 
 
 def test_workers_need_no_torch() -> None:

@@ -252,18 +252,18 @@ def test_a_file_that_needs_too_much_memory(large: tuple[Path, GridSpec], tmp_pat
 
 def test_a_file_that_never_comes(url: str, tmp_path: Path) -> None:
     start = time.monotonic()
-    taken, reasons = scanned(tmp_path, url, ("a.cif", "slow.cif", "b.cif"), DataConfig(seconds_per_file=0.15))
+    taken, reasons = scanned(tmp_path, url, ("a.cif", "slow.cif", "b.cif"), DataConfig(seconds_per_file=0.2))
     assert taken == ["a", "b"]
-    assert reasons == {"slow": "slow: not read within 1.5 seconds; data.seconds_per_file is 0.15"}
+    assert reasons == {"slow": "slow: not read within 2 seconds; data.seconds_per_file is 0.2"}
     assert time.monotonic() - start < 20
 
 
 def test_the_rest_is_given_up_after_several_deaths(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan, "MAX_DEATHS", 2)
     names = ("slow1.cif", "a.cif", "slow2.cif", "slow3.cif", "b.cif", "c.cif")
-    taken, reasons = scanned(tmp_path, url, names, DataConfig(seconds_per_file=0.15))
+    taken, reasons = scanned(tmp_path, url, names, DataConfig(seconds_per_file=0.2))
     assert taken == ["a"]
-    assert {id for id, reason in reasons.items() if "not read within 1.5 seconds" in reason} == {"slow1", "slow2", "slow3"}
+    assert {id for id, reason in reasons.items() if "not read within 2 seconds" in reason} == {"slow1", "slow2", "slow3"}
     assert {id for id, reason in reasons.items() if "the 2 before it ended their readers" in reason} == {"b.cif", "c.cif"}
 
 
@@ -288,7 +288,7 @@ from pathlib import Path
 from dist_train.config import DataConfig, GridSpec
 from dist_train.shards.scan import scan_chunk
 from dist_train.shards.sources import Chunk
-chunk, data = Chunk("x", "files", sys.argv[1], ("slow.cif",)), DataConfig(seconds_per_file=0.15)
+chunk, data = Chunk("x", "files", sys.argv[1], ("slow.cif",)), DataConfig(seconds_per_file=0.2)
 scan_chunk(0, chunk, Path(sys.argv[2]), data, GridSpec())
 """
     environment = os.environ | {"HOSTILE_MARK": str(tmp_path)}
