@@ -17,9 +17,9 @@ from dist_train.crystal.inputs import read_text
 from dist_train.crystal.interop import structure_from_cif
 from dist_train.crystal.voxelize import voxelize
 from dist_train.errors import CrystalError, DataError
+from dist_train.shards.discover import discover
 from dist_train.shards.plan import distinct, plan_shards, split_rows
 from dist_train.shards.scan import read_part, read_scan, scan_chunk, stop_reader
-from dist_train.shards.sources import discover
 from dist_train.shards.writer import build_shard
 
 ROUNDS = 5

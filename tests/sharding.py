@@ -7,10 +7,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from dist_train.config import DataConfig, GridSpec
+from dist_train.shards.discover import discover
 from dist_train.shards.index import Index, config_hash
 from dist_train.shards.plan import distinct, plan_shards, split_rows
 from dist_train.shards.scan import read_scan, scan_chunk
-from dist_train.shards.sources import discover
 from dist_train.shards.writer import build_shard
 
 

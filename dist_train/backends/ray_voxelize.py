@@ -30,6 +30,7 @@ from dist_train.dataset_card import PICTURES_NAME, Card, write_card
 from dist_train.errors import DataError, DistTrainError, ShardError
 from dist_train.files import write_text
 from dist_train.progress import Progress
+from dist_train.shards.discover import Found, discover
 from dist_train.shards.index import INDEX_NAME, REJECTED_NAME, Index, ShardRecord, config_hash
 from dist_train.shards.plan import (
     alike,
@@ -41,7 +42,6 @@ from dist_train.shards.plan import (
     without,
 )
 from dist_train.shards.scan import Rejected, Row, read_scan, scan_chunk
-from dist_train.shards.sources import Found, discover
 from dist_train.shards.writer import build_shard
 
 WORK_NAME = ".work"
@@ -60,13 +60,8 @@ DECIDING = {
 
 def repair(index: Index, workers: int) -> Index:
     """Build missing and damaged shards of a finished run again, from its own settings and inputs."""
-    given = index.config["data"]
-    ordered = {
-        name: {split: given[name][split] for split in index.config["split_order"] if split in given[name]}
-        for name in ("splits", "split_ids")
-    }
     own = {"shards": index.root, "workers": workers, "max_rejected_fraction": 1}  # what was rejected was accepted so
-    return voxelize(DataConfig.model_validate(given | ordered | own), index.grid)
+    return voxelize(DataConfig.model_validate(index.config["data"] | own), index.grid)
 
 
 def voxelize(data: DataConfig, grid: GridSpec, cluster: Cluster | None = None) -> Index:
@@ -92,7 +87,6 @@ def _voxelize(data: DataConfig, grid: GridSpec, cluster: Cluster | None) -> Inde
     resolved = {
         "data": data.model_dump(mode="json", include=DECIDING),
         "grid": grid.model_dump(mode="json"),
-        "split_order": [*dict.fromkeys([*data.splits, *data.split_ids])],  # decides too, and JSON objects have none
         # Other inputs under the same paths are noticed by their sizes.
         "read": {
             "files": len(found.sizes),

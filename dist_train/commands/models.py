@@ -26,10 +26,11 @@ from dist_train.generate import decode, encode, interpolate_latents, reconstruct
 from dist_train.models.export import read_bundle
 from dist_train.models.reconstruct import Codec
 from dist_train.progress import Progress
+from dist_train.shards.discover import discover
 from dist_train.shards.index import Index
 from dist_train.shards.plan import split_of
 from dist_train.shards.reader import ShardReader
-from dist_train.shards.sources import discover, units
+from dist_train.shards.sources import units
 
 
 def load_codec(model: str, tracking_uri: str | None) -> tuple[Codec, dict[str, Any]]:

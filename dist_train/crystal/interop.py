@@ -78,7 +78,7 @@ def _library(name: str, id: str) -> Iterator[None]:
         warnings.simplefilter("ignore")
         try:
             yield
-        except (CrystalError, ImportError):
+        except (CrystalError, ImportError, MemoryError):
             raise
         # Both raise whatever went wrong first inside: KeyError, ZeroDivisionError, LinAlgError, AssertionError...
         except Exception as error:

@@ -56,7 +56,7 @@ import psutil
 from dist_train.config import DataConfig, GridSpec
 from dist_train.shards.plan import ShardTask
 from dist_train.shards.scan import read_scan, scan_chunk
-from dist_train.shards.sources import discover
+from dist_train.shards.discover import discover
 from dist_train.shards.writer import build_shard
 work, grid = Path(sys.argv[1]), GridSpec(shape="adaptive")
 data = DataConfig(inputs=(str(work),), shards=work)

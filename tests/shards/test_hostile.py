@@ -30,7 +30,7 @@ import json, resource, sys
 from pathlib import Path
 from dist_train.config import DataConfig, GridSpec
 from dist_train.shards.scan import read_scan, scan_chunk, stop_reader
-from dist_train.shards.sources import discover
+from dist_train.shards.discover import discover
 
 work = Path(sys.argv[2])
 data = DataConfig(memory_per_file_MB=1000, seconds_per_file=10)
@@ -43,7 +43,9 @@ for part, chunk in enumerate(found.chunks):
     accepted += [row.id for row in result.rows]
     rejected += [[r.id, r.file, r.reason] for r in result.rejected]
 stop_reader()
-memory = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+# Not ru_maxrss of this process, which begins with that of the one that started it.
+own = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+memory = [own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss]
 json.dump({"accepted": accepted, "rejected": rejected, "kB": memory}, open(work / "told", "w"))
 """
 WHOLLY_LOST = {

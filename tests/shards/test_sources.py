@@ -26,9 +26,10 @@ from dist_train.crystal.formats import write_crystal
 from dist_train.crystal.parquet import write_parquet
 from dist_train.crystal.structure import Crystal
 from dist_train.errors import DataError
-from dist_train.shards import sources
+from dist_train.shards import discover as discovery
+from dist_train.shards.discover import FILES_PER_CHUNK, ROWS_PER_CHUNK, discover
 from dist_train.shards.scan import read_part, read_scan, scan_chunk, stop_reader
-from dist_train.shards.sources import FILES_PER_CHUNK, ROWS_PER_CHUNK, Chunk, discover, units
+from dist_train.shards.sources import Chunk, units
 
 SAMPLE = Path(__file__).parents[2] / "data" / "sample"
 TABLE = SAMPLE / "perov_5.parquet"
@@ -269,7 +270,7 @@ def test_ids_of_several_archives_keep_their_names(folder: Path, tmp_path: Path) 
 
 
 def test_chunks_of_an_archive_are_read_from_their_own_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "FILES_PER_CHUNK", 2)
+    monkeypatch.setattr(discovery, "FILES_PER_CHUNK", 2)
     (tmp_path / "in").mkdir()
     for i in range(7):
         write_crystal(tmp_path / "in" / f"{i}.cif", CRYSTALS[i % 4])
@@ -421,7 +422,7 @@ def test_no_input_and_inputs_without_crystals(tmp_path: Path) -> None:
 AS_NOBODY = f"""
 import os, sys
 from dist_train.errors import DataError
-from dist_train.shards.sources import discover
+from dist_train.shards.discover import discover
 if os.geteuid() == 0:
     os.setgroups([]), os.setgid({NOBODY}), os.setuid({NOBODY})
 assert os.geteuid() != 0
