@@ -302,15 +302,14 @@ class RunConfig(Section):
             raise ValueError("data.encoding 'compact' holds square roots: no height in grid.element_table may be negative")
         return self
 
-    @model_validator(mode="after")
-    def _grid_halves(self) -> Self:
+    def check_halvings(self) -> None:
+        """Raise ConfigError for a cube that the networks, which halve it again and again, can't take."""
         halvings = max(len(self.model.vae_widths), self.model.unet_levels - 1)
         if self.grid.shape != "adaptive" and self.grid.shape % 2**halvings:
-            raise ValueError(
+            raise ConfigError(
                 f"grid.shape {self.grid.shape} must be a multiple of {2**halvings} "
                 f"for {len(self.model.vae_widths)} model.vae_widths and {self.model.unet_levels} model.unet_levels"
             )
-        return self
 
     def to_yaml(self) -> str:
         """The resolved config as YAML that `load_config` reads back."""

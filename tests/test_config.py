@@ -101,7 +101,9 @@ def test_overrides_read_yaml_values() -> None:
         ("grid.channels=[colour]", "grid.channels.0 = 'colour': input should be 'occupancy'"),
         ("data.splits={train: 0.8, test: 0.1}", "data: splits {'train': 0.8, 'test': 0.1} add up to 0.9, not 1"),
         ("data.splits={train: 1.5, test: -0.5}", "data.splits.train = 1.5: input should be less than or equal to 1"),
-        ("grid.shape=30", "grid.shape 30 must be a multiple of 4 for 2 model.vae_widths and 3 model.unet_levels"),
+        ("data.copies=2", "data.copies 2 would be equal: set grid.random_origin (cells, windows) or grid.random_rotation"),
+        ("data.splits={a b: 1}", "data.splits"),
+        ("data.split_ids={../x: f.txt}", "data.split_ids"),
         ("model.unet_levels=1", "model.unet_levels = 1: input should be greater than or equal to 2"),
         ("seed=-1", "seed = -1: input should be greater than or equal to 0"),
     ],
@@ -110,12 +112,21 @@ def test_refusals_name_the_key_the_value_and_the_remedy(override: str, message: 
     assert message in refusal(override)
 
 
+def test_a_cube_that_the_networks_cant_halve_is_for_voxelising_alone() -> None:
+    load_config(None, ("grid.shape=32",)).check_halvings()
+    with pytest.raises(ConfigError, match=r"grid\.shape 30 must be a multiple of 4 for 2 model\.vae_widths and 3 model\."):
+        load_config(None, ("grid.preset=paper-unit",)).check_halvings()
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (("grid.frame=box",), "grid.frame = 'box': input should be 'cell', 'window' or 'unit'"),
         (("grid.preset=big",), "grid: preset 'big' is unknown, known are default, paper-unit, paper-window"),
-        (("grid.preset=paper-unit",), "grid.shape 30 must be a multiple of 4"),
+        (
+            ("data.encoding=compact", "grid.channels=[table]", "grid.element_table={O: [-1]}"),
+            "data.encoding 'compact' holds square roots: no height in grid.element_table may be negative",
+        ),
         (("grid.preset=paper-window", "grid.shape=adaptive"), "shape 'adaptive' is for the frame 'cell'; give a window a"),
         (("grid.frame=unit", "grid.shape=adaptive"), "shape 'adaptive' is for the frame 'cell'; give a unit a number"),
         (("grid.random_rotation=true",), "random_rotation has no effect on the frame 'cell', whose axes turn with"),
@@ -177,8 +188,9 @@ def test_grid_shape_out_of_range(shape: int) -> None:
 
 
 def test_deepest_network_decides_what_the_grid_must_be_a_multiple_of() -> None:
-    assert "multiple of 16" in refusal("grid.shape=24", "model.unet_levels=5")
-    assert "multiple of 16" in refusal("grid.shape=24", "model.vae_widths=[1, 2, 3, 4]")
+    for deep in ("model.unet_levels=5", "model.vae_widths=[1, 2, 3, 4]"):
+        with pytest.raises(ConfigError, match="multiple of 16"):
+            load_config(None, ("grid.shape=24", deep)).check_halvings()
     assert load_config(None, ("grid.shape=48", "model.unet_levels=5")).grid.shape == 48
     assert load_config(None, ("grid.shape=adaptive", "model.unet_levels=5")).grid.shape == "adaptive"
 

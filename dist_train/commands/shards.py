@@ -32,7 +32,7 @@ def voxelize(data: DataConfig, grid: GridSpec) -> str:
     return (
         f"{c['inputs']} inputs = {c['accepted']} accepted + {c['rejected']} rejected "
         f"({c['rejected_parse']} unreadable, {c['rejected_grid']} that the grid can't hold, {doubled}){ignored}\n"
-        f"{', '.join(f'{split} {n}' for split, n in splits.items())} crystals in {len(index.shards)} shards, "
+        f"{', '.join(f'{split} {n}' for split, n in splits.items())} samples in {len(index.shards)} shards, "
         f"{size / 2**20:.0f} MiB: {data.shards}{unlisted}"
     )
 

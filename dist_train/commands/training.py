@@ -75,6 +75,7 @@ def check_training(config: RunConfig, ranks: int) -> Index:
         raise ConfigError(f"engine.name 'torch' runs one process, {ranks} were started; set engine.name=deepspeed")
     check_batch(config, ranks)
     check_grid(config.grid)
+    config.check_halvings()
     if config.engine.name == "deepspeed":
         from dist_train.backends.deepspeed_engine import deepspeed_config
 
