@@ -20,7 +20,7 @@ from dist_train.files import sha256
 
 T = TypeVar("T")
 LIMIT_S = 120
-ISOLATED = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+ISOLATED = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_AUTH_MODE": "token"}
 
 
 def session(leader: int) -> list[int]:
@@ -44,8 +44,9 @@ def commands(leader: int) -> list[tuple[psutil.Process, str]]:
 
 
 def holders(leader: int, pattern: str) -> list[psutil.Process]:
-    """The processes of a session that have a file open whose path matches."""
-    return [process for process, _ in commands(leader) if any(re.fullmatch(pattern, path) for path in _open_files(process))]
+    """The Ray workers of a session that have a file open whose path matches."""
+    workers = (process for process, command in commands(leader) if command.startswith("ray::"))
+    return [worker for worker in workers if any(re.fullmatch(pattern, path) for path in _open_files(worker))]
 
 
 def _open_files(process: psutil.Process) -> Iterator[str]:

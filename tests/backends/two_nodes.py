@@ -19,6 +19,8 @@ def free_port() -> int:
 
 def main() -> None:
     dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": free_port()}
+    # Two clusters of a machine would want the same: the second's agent then takes no jobs.
+    dashboard["dashboard_agent_listen_port"] = free_port()
     cluster = Cluster(initialize_head=True, head_node_args=SIZE | dashboard)
     node = cluster.add_node(**SIZE)
     print(cluster.address, cluster.webui_url, flush=True)
