@@ -28,7 +28,7 @@ def metrics_table(metrics: dict[str, Any]) -> str:
 
 def bench_line(row: dict[str, Any]) -> str:
     """A measurement beside its target."""
-    ratio = f"{row['ratio']:8.{0 if row['ratio'] >= 100 else 1}f} x" if row["ratio"] is not None else " " * 10
+    ratio = f"{row['ratio']:8.{0 if row['ratio'] >= 100 else 2}f} x" if row["ratio"] is not None else " " * 10
     target = f"target {row['target']:g}" if row["target"] is not None else ""
     verdict = {True: "holds", False: "MISSED", None: ""}[row["holds"]]
     return f"{row['value']:12.4g} {row['unit']:<6}{ratio}  {target:<14}{verdict:<8}{row['case']}"

@@ -140,7 +140,7 @@ def member_info(name: str, size: int) -> tarfile.TarInfo:
 
 def open_tar(stream: IO[bytes]) -> tarfile.TarFile:
     """A tar writer of the POSIX ustar format, whose headers are always one block."""
-    return tarfile.TarFile(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT)
+    return tarfile.TarFile(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT, copybufsize=2**20)
 
 
 def padded(size: int, block: int = tarfile.BLOCKSIZE) -> int:

@@ -155,12 +155,14 @@ def _messages(chunk: Chunk, data: DataConfig, grid: GridSpec) -> Iterator[list[A
             return
 
 
+READER_SETTINGS = {"split_column", "seconds_per_file", "memory_per_file_MB"}
+
 _children: dict[str, subprocess.Popen[bytes]] = {}
 """The reader of this process, kept from one chunk to the next: it takes seconds to start."""
 
 
 def _child(data: DataConfig, grid: GridSpec) -> subprocess.Popen[bytes]:
-    settings = json.dumps([data.model_dump(mode="json"), grid.model_dump(mode="json")])
+    settings = json.dumps([data.model_dump(mode="json", include=READER_SETTINGS), grid.model_dump(mode="json")])
     child = _children.get(settings)
     if child is None or child.poll() is not None:
         stop_reader()
