@@ -75,15 +75,13 @@ def started(command: list[str], **environment: str) -> Iterator[subprocess.Popen
     """A process that meets no other Ray cluster, ended with all that it started."""
     inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     pipe = subprocess.PIPE
+    # Where pytest runs in the background, the shell has it ignore SIGINT, and all that it starts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
-        command,
-        start_new_session=True,
-        text=True,
-        stdin=pipe,
-        stdout=pipe,
-        stderr=pipe,
+        command, start_new_session=True, text=True, stdin=pipe, stdout=pipe, stderr=pipe,
         env=inherited | ISOLATED | environment,
-    )
+    )  # fmt: skip
+    signal.signal(signal.SIGINT, before)
     try:
         yield process
     finally:
