@@ -299,7 +299,9 @@ class Cluster:
             ray.init(address=address or "local", logging_level="ERROR", log_to_driver=False, **({} if address else own))
         except (ConnectionError, RuntimeError, ValueError) as error:
             where = address or "a local cluster"
-            raise DistTrainError(f"Ray could not be reached ({where}): {error}; check data.ray_address, or RAY_ADDRESS") from None
+            raise DistTrainError(
+                f"Ray could not be reached ({where}): {error}; check data.ray_address or RAY_ADDRESS"
+            ) from None
         needed = {"CPU": data.cpus_per_task, "memory": (data.memory_per_task_MB or 0) * 10**6}
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         fit = [node for node in nodes if all(node.get(name, 0) >= amount for name, amount in needed.items())]
