@@ -22,7 +22,9 @@ import json
 import math
 import re
 import tarfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Mapping
+from functools import reduce
 from typing import IO, Any, Literal, TypeVar
 
 import numpy as np
@@ -146,6 +148,11 @@ def open_tar(stream: IO[bytes]) -> tarfile.TarFile:
 def padded(size: int, block: int = tarfile.BLOCKSIZE) -> int:
     """Bytes of whole blocks that hold `size` bytes."""
     return -(-size // block) * block
+
+
+def crc_of(members: Iterable[bytes | memoryview]) -> int:
+    """crc32 of a sample's members, one after another."""
+    return reduce(lambda crc, data: zlib.crc32(data, crc), members, 0)
 
 
 def _npy(array: NDArray[np.generic]) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ from numpy.typing import NDArray
 
 from dist_train.crystal.structure import Crystal
 from dist_train.errors import ShardError
-from dist_train.shards.codec import decode_sample
+from dist_train.shards.codec import crc_of, decode_sample
 from dist_train.shards.index import Sample, ShardRecord
 
 Decoded = tuple[NDArray[np.float16] | None, NDArray[np.uint8] | None, Crystal]
@@ -18,14 +17,13 @@ Decoded = tuple[NDArray[np.float16] | None, NDArray[np.uint8] | None, Crystal]
 
 def read_sample(root: Path, shard: ShardRecord, sample: Sample) -> Decoded:
     """Density, species (None where no grids are stored) and crystal. Raises ShardError naming a damaged sample."""
-    members, crc = {}, 0
+    members = {}
     try:
         with (root / shard.name).open("rb") as stream:
             for name, (offset, size) in sample.members.items():
                 stream.seek(offset)
                 members[name] = stream.read(size)
-                crc = zlib.crc32(members[name], crc)
-        if crc != sample.crc32:
+        if (crc := crc_of(members.values())) != sample.crc32:
             raise ValueError(f"crc32 {crc:08x}, {sample.crc32:08x} expected")
         return decode_sample(members)
     except (OSError, ValueError) as error:

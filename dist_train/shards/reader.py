@@ -9,7 +9,6 @@ from __future__ import annotations
 import mmap
 import queue
 import threading
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -24,7 +23,7 @@ from dist_train.crystal.structure import Crystal
 from dist_train.crystal.voxelize import voxelize
 from dist_train.errors import CrystalError, ShardError
 from dist_train.models.autoencoder import CrystalBatch, cell_numbers, composition_vector
-from dist_train.shards.codec import decode_crystal, decode_sample
+from dist_train.shards.codec import crc_of, decode_crystal, decode_sample
 from dist_train.shards.half import to_half
 from dist_train.shards.index import Index, Sample, ShardRecord
 
@@ -88,10 +87,7 @@ class ShardReader:
     def _members(self, shard: ShardRecord, sample: Sample) -> dict[str, memoryview]:
         whole = self._map(shard)
         found = {name: whole[offset : offset + size] for name, (offset, size) in sample.members.items()}
-        crc = 0
-        for member in found.values():
-            crc = zlib.crc32(member, crc)
-        if crc != sample.crc32:
+        if (crc := crc_of(found.values())) != sample.crc32:
             raise self._damaged(shard, sample, f"crc32 {crc:08x}, {sample.crc32:08x} expected")
         return found
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import tarfile
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +24,7 @@ from dist_train.crystal.voxelize import n_channels
 from dist_train.errors import CrystalError
 from dist_train.files import fsync
 from dist_train.progress import Progress
-from dist_train.shards.codec import decode_sample, member_info, padded
+from dist_train.shards.codec import crc_of, decode_sample, member_info, padded
 from dist_train.shards.index import Index, Sample, ShardRecord
 
 QUARANTINE = "quarantined"
@@ -136,7 +135,7 @@ def _span(size: int) -> int:
 
 def _read_members(stream: IO[bytes], file_size: int, sample: Sample, start: int) -> dict[str, bytes]:
     """The members of a sample whose first header is at byte `start`. Raises ValueError where the tar differs."""
-    members, crc = {}, 0
+    members = {}
     for name, (offset, size) in sample.members.items():
         if offset != start + tarfile.BLOCKSIZE:
             raise ValueError(f"{name} is at byte {offset} in the index, {start + tarfile.BLOCKSIZE} expected")
@@ -150,9 +149,9 @@ def _read_members(stream: IO[bytes], file_size: int, sample: Sample, start: int)
         data, rest = block[tarfile.BLOCKSIZE :][:size], block[tarfile.BLOCKSIZE + size :]
         if any(rest):
             raise ValueError(f"{name} is not followed by zeros")
-        members[name], crc = data, zlib.crc32(data, crc)
+        members[name] = data
         start += _span(size)
-    if crc != sample.crc32:
+    if (crc := crc_of(members.values())) != sample.crc32:
         raise ValueError(f"crc32 {crc:08x}, {sample.crc32:08x} expected")
     return members
 

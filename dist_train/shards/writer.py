@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zlib
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -11,7 +10,7 @@ from dist_train.config import DataConfig, GridSpec
 from dist_train.crystal.frames import placed
 from dist_train.crystal.voxelize import voxelize
 from dist_train.files import atomic_path, sha256, write_text
-from dist_train.shards.codec import add_member, encode_sample, open_tar
+from dist_train.shards.codec import add_member, crc_of, encode_sample, open_tar
 from dist_train.shards.index import Sample, ShardRecord, record_from_json
 from dist_train.shards.plan import ShardTask
 from dist_train.shards.scan import read_part
@@ -46,11 +45,9 @@ def _build(task: ShardTask, root: Path, work: Path, data: DataConfig, grid: Grid
                 crystal = placed(read_part(work, row), grid, copy)
                 voxels = voxelize(crystal, grid) if data.store == "grids" else None
                 elements.update(crystal.composition)
-                key, crc, members = f"{task.split}{ordinal:09d}", 0, {}
-                for name, content in encode_sample(crystal, voxels, data.encoding, copy).items():
-                    members[name] = (add_member(tar, f"{key}.{name}", content), len(content))
-                    crc = zlib.crc32(content, crc)
-                samples.append(Sample(key, crystal.id, copy, row.shape, crc, members))
+                key, encoded = f"{task.split}{ordinal:09d}", encode_sample(crystal, voxels, data.encoding, copy)
+                members = {name: (add_member(tar, f"{key}.{name}", item), len(item)) for name, item in encoded.items()}
+                samples.append(Sample(key, crystal.id, copy, row.shape, crc_of(encoded.values()), members))
         size, digest = temporary.stat().st_size, stream.digest.hexdigest()
     return ShardRecord(task.name, task.split, size, digest, tuple(sorted(elements)), tuple(samples))
 
