@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import laplace
 
 from dist_train.config import GridSpec
+from dist_train.crystal import labels
 from dist_train.crystal.decode import MAX_ATOMS_PER_A3, MIN_SCORE
 from dist_train.crystal.frames import spacing_A
 
@@ -76,7 +77,7 @@ def find_atoms(
     species = np.ascontiguousarray(species_DHW, np.uint8)
     probability = np.ascontiguousarray(atom_probability_DHW, np.float32)
     radius = spec.radius_A / spacing
-    voxels, votes = _candidates(species, probability, _ball(radius), MIN_SCORE)
+    voxels, votes = labels.candidates(species, probability, _ball(radius), MIN_SCORE, False)
     voxels = voxels[np.argsort(-votes, kind="stable")]
     most = int(MAX_ATOMS_PER_A3 * spec.box_A**3)
     limits = LIKE_DISTANCE_A / spacing, UNLIKE_DISTANCE_A / spacing
@@ -101,33 +102,6 @@ def _ball(radius_voxels: float) -> IntArray:
     reach = int(radius_voxels)
     offsets = np.stack(np.meshgrid(*[np.arange(-reach, reach + 1)] * 3, indexing="ij"), -1).reshape(-1, 3)
     return np.asarray(offsets[np.linalg.norm(offsets, axis=1) <= radius_voxels])
-
-
-@njit(cache=True, nogil=True)
-def _candidates(species, probability, ball, min_score):  # type: ignore[no-untyped-def]
-    """Voxels [M, 3] with at least the share `min_score` of the votes of their ball's part in the cube, and the votes."""
-    n0, n1, n2 = species.shape
-    voxels = np.empty((species.size, 3), np.int64)
-    votes = np.empty(species.size, np.float64)
-    found = 0
-    for i in range(n0):
-        for j in range(n1):
-            for k in range(n2):
-                if species[i, j, k] == 0 or probability[i, j, k] < 0.1:
-                    continue
-                total, inside = 0.0, 0
-                for m in range(len(ball)):
-                    a, b, c = i + ball[m, 0], j + ball[m, 1], k + ball[m, 2]
-                    if a < 0 or b < 0 or c < 0 or a >= n0 or b >= n1 or c >= n2:
-                        continue
-                    inside += 1
-                    if species[a, b, c] == species[i, j, k]:
-                        total += probability[a, b, c]
-                if total >= min_score * inside:
-                    voxels[found, 0], voxels[found, 1], voxels[found, 2] = i, j, k
-                    votes[found] = total
-                    found += 1
-    return voxels[:found], votes[:found]
 
 
 @njit(cache=True, nogil=True)

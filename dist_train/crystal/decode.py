@@ -161,7 +161,8 @@ class _Grid:
         self, density: NDArray[np.float32], heights: NDArray[np.float32], most: int
     ) -> tuple[NDArray[np.int64], FloatArray]:
         """Voxels [N, 3] at the peaks of the votes, at most `most`, and their scores [N], from the highest down."""
-        voxels, scores = labels.scores(self.species, self.probability, self.ball, MIN_SCORE)
+        voxels, votes = labels.candidates(self.species, self.probability, self.ball, MIN_SCORE, True)
+        scores = votes / len(self.ball)
         numbers = self.species[tuple(voxels.T)].astype(np.int64)
         # Where labels are wrong at random, some balls hold many of one element by chance, but no density.
         dense = (density[tuple(voxels.T)] > MIN_DENSITY * heights[numbers]) | (scores > CLEAR_SCORE)

@@ -11,27 +11,35 @@ from numba import njit
 
 
 @njit(cache=True, nogil=True)
-def scores(species, probability, ball, min_score):  # type: ignore[no-untyped-def]
-    """Voxels [M, 3] whose ball holds at least `min_score` of possible votes for their own element, and their scores."""
+def candidates(species, probability, ball, min_score, periodic):  # type: ignore[no-untyped-def]
+    """Voxels [M, 3] with at least the share `min_score` of the possible votes for their own element, and their votes.
+
+    The votes are those of a ball of voxels; where the grid isn't periodic, of its part inside.
+    """
     n0, n1, n2 = species.shape
     voxels = np.empty((species.size, 3), np.int64)
-    scores = np.empty(species.size, np.float64)
+    votes = np.empty(species.size, np.float64)
     found = 0
     for i in range(n0):
         for j in range(n1):
             for k in range(n2):
                 if species[i, j, k] == 0 or probability[i, j, k] < 0.1:
                     continue
-                votes = 0.0
+                total, inside = 0.0, 0
                 for m in range(len(ball)):
-                    a, b, c = (i + ball[m, 0]) % n0, (j + ball[m, 1]) % n1, (k + ball[m, 2]) % n2
+                    a, b, c = i + ball[m, 0], j + ball[m, 1], k + ball[m, 2]
+                    if periodic:
+                        a, b, c = a % n0, b % n1, c % n2
+                    elif a < 0 or b < 0 or c < 0 or a >= n0 or b >= n1 or c >= n2:
+                        continue
+                    inside += 1
                     if species[a, b, c] == species[i, j, k]:
-                        votes += probability[a, b, c]
-                if votes >= min_score * len(ball):
+                        total += probability[a, b, c]
+                if total >= min_score * inside:
                     voxels[found, 0], voxels[found, 1], voxels[found, 2] = i, j, k
-                    scores[found] = votes / len(ball)
+                    votes[found] = total
                     found += 1
-    return voxels[:found], scores[:found]
+    return voxels[:found], votes[:found]
 
 
 @njit(cache=True, nogil=True)
@@ -63,6 +71,16 @@ def suppress(frac_M3, numbers_M, lattice, images, like, unlike, most):  # type: 
 
 
 @njit(cache=True, nogil=True)
+def _square_A2(x, y, z, basis):  # type: ignore[no-untyped-def]
+    """Squared length of a step in voxels."""
+    square = 0.0
+    for axis in range(3):
+        d = x * basis[0, axis] + y * basis[1, axis] + z * basis[2, axis]
+        square += d * d
+    return square
+
+
+@njit(cache=True, nogil=True)
 def centroids(voxels, species, probability, basis, spacings, radius, shifts):  # type: ignore[no-untyped-def]
     """[N, 3] centre in voxels (not wrapped) of the votes for each voxel's element in a ball that follows it."""
     n0, n1, n2 = species.shape
@@ -76,10 +94,7 @@ def centroids(voxels, species, probability, basis, spacings, radius, shifts):  #
             for i in range(int(np.ceil(u - r0)), int(np.floor(u + r0)) + 1):
                 for j in range(int(np.ceil(v - r1)), int(np.floor(v + r1)) + 1):
                     for k in range(int(np.ceil(w - r2)), int(np.floor(w + r2)) + 1):
-                        d2 = 0.0
-                        for axis in range(3):
-                            d = (i - u) * basis[0, axis] + (j - v) * basis[1, axis] + (k - w) * basis[2, axis]
-                            d2 += d * d
+                        d2 = _square_A2(i - u, j - v, k - w, basis)
                         if d2 <= radius * radius and species[i % n0, j % n1, k % n2] == number:
                             vote = probability[i % n0, j % n1, k % n2]
                             total += vote
@@ -101,10 +116,7 @@ def inner_votes(centres, voxels, species, probability, basis, spacings, radius):
         for i in range(int(np.ceil(u - r0)), int(np.floor(u + r0)) + 1):
             for j in range(int(np.ceil(v - r1)), int(np.floor(v + r1)) + 1):
                 for k in range(int(np.ceil(w - r2)), int(np.floor(w + r2)) + 1):
-                    d2 = 0.0
-                    for axis in range(3):
-                        d = (i - u) * basis[0, axis] + (j - v) * basis[1, axis] + (k - w) * basis[2, axis]
-                        d2 += d * d
+                    d2 = _square_A2(i - u, j - v, k - w, basis)
                     if d2 <= radius * radius:
                         count += 1.0
                         if species[i % n0, j % n1, k % n2] == number:
