@@ -28,7 +28,7 @@ from dist_train.crystal.decode import decode
 from dist_train.crystal.elements import SYMBOLS
 from dist_train.crystal.frames import spacing_A
 from dist_train.crystal.interop import to_pymatgen
-from dist_train.crystal.lattice import FloatArray, compact_lattice, neighbour_pairs, periodic_distances
+from dist_train.crystal.lattice import FloatArray, compact_lattice, periodic_distances, shortest_distances
 from dist_train.crystal.structure import Crystal, wrap
 from dist_train.crystal.voxelize import code_table, voxelize
 from dist_train.figures import png_bytes
@@ -84,8 +84,7 @@ def shortest_distance(crystal: Crystal) -> float:
     """Shortest distance in angstrom between two atoms, periodic images included, an atom's own too."""
     # No packing of spheres fills more than 74 % of space, which bounds the distance.
     bound = _PACKING * (crystal.volume_A3 / len(crystal)) ** (1 / 3)
-    first, second, shift = neighbour_pairs(compact_lattice(crystal.lattice_A), crystal.cart_N3, bound)
-    return float(np.linalg.norm(crystal.cart_N3[first] - crystal.cart_N3[second] - shift, axis=1).min())
+    return min(shortest_distances(compact_lattice(crystal.lattice_A), crystal.cart_N3, crystal.numbers_N, bound))
 
 
 def space_group(crystal: Crystal) -> str:

@@ -41,7 +41,7 @@ from dist_train.shards.plan import (
     split_rows,
     without,
 )
-from dist_train.shards.scan import Rejected, Row, read_scan, scan_chunk
+from dist_train.shards.scan import Rejected, Row, ScanResult, read_scan, scan_chunk
 from dist_train.shards.writer import build_shard
 
 WORK_NAME = ".work"
@@ -127,9 +127,7 @@ def _run(
     """Scan, plan and build; the index of what is then on disk."""
     root = data.shards
     refused = [Rejected(file, given, file, "parse", f"{file}: {reason}") for given, file, reason in found.refused]
-    _scan(ray, found, data, grid, work)
-    results = (result for part in range(len(found.chunks)) if (result := read_scan(work, part)))
-    rows, rejected = distinct(results)
+    rows, rejected = distinct(_scan(ray, found, data, grid, work))
     groups = alike(rows) if data.drop_duplicates else []
     batches = [groups[start : start + GROUPS_PER_TASK] for start in range(0, len(groups), GROUPS_PER_TASK)]
     same = ray.map(
@@ -161,14 +159,18 @@ def _run(
     return Index(root, resolved, digest, __version__, counts, tuple(records))
 
 
-def _scan(ray: Cluster, found: Found, data: DataConfig, grid: GridSpec, work: Path) -> None:
-    """Scan the chunks whose results aren't there yet."""
-    missing = [part for part in range(len(found.chunks)) if read_scan(work, part) is None]
+def _scan(ray: Cluster, found: Found, data: DataConfig, grid: GridSpec, work: Path) -> list[ScanResult]:
+    """The results of all chunks, of which those that aren't there yet are scanned."""
+    results = [read_scan(work, part) for part in range(len(found.chunks))]
+    missing = [part for part, result in enumerate(results) if result is None]
     ray.map(
         "scan", scan_chunk, [(part, found.chunks[part], work, data, grid) for part in missing],
         [len(found.chunks[part]) for part in missing],
         lambda counts: {"accepted": counts[0], "rejected": counts[1]},
     )  # fmt: skip
+    for part in missing:
+        results[part] = read_scan(work, part)
+    return [result for result in results if result]
 
 
 def _digest(value: dict[str, Any]) -> str:
