@@ -20,7 +20,7 @@ lint: $(STAMP)
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV): about 2.5 GB, a few minutes"
+	@echo "installing into $(VENV): about 2.6 GiB, a few minutes"
 # torch first and alone: other packages, asked first, would take its newest release instead of the pinned one.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[test]'

@@ -6,13 +6,12 @@ root, density = max * (q / 255)^2, the max of each channel under "density_max" i
 0.45 % of that max (0.41 % measured), float16's rounding included.
 structures: `structure.json` alone.
 
-Measured on 32^3 grids of both tables in data/sample, from a warm page cache; read: crc32, decoding (or voxelising) and the
-copy into a batch, samples a CPU second:
+KB of a sample on 32^3 grids of both tables in data/sample; compact grids take longer to read, structures until voxelised:
 
 | channels | raw | compact | structures |
 | --- | --- | --- | --- |
-| 1 | 99 KB, 7,400 | 13-15 KB, 2,200 | 0.4-0.6 KB, 1,400-3,100 |
-| 26 | 1,737 KB, 1,870 | 37-39 KB, 510-570 | 0.4-0.6 KB, 490-790 |
+| 1 | 99 | 12 | 0.4-0.6 |
+| 26 | 1,737 | 30-36 | 0.4-0.6 |
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ MEMBERS = {
 MAX_BYTES = 2**28
 """Largest array in a zstd frame: a hostile frame of a few bytes would otherwise fill the memory."""
 ZSTD_LEVEL = 6
-"""Measured: level 3 packs 2.5 times as fast into 5 to 11 % more, 9 to 15 save 2 to 5 % in up to 7 times as long."""
+"""Measured: level 3 packs up to 2.7 times as fast into 6 to 11 % more, 15 saves 2 to 5 % in 4 to 8 times as long."""
 STEPS = 255
 
 _NPY = re.compile(

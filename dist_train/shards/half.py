@@ -1,4 +1,4 @@
-"""float32 to float16, 50 times as fast as numpy's cast, which took longer than voxelising (3 to 10 ms for 26 x 32^3)."""
+"""float32 to float16, over ten times as fast as numpy's cast: 0.2 ms against 2.6 to 4.8 for 26 x 32^3."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """`index.json`, the data set: what was asked for, what was rejected, and where every byte of every sample lies.
 
-Plain JSON with one line a sample. 150,000 samples take 29 MB, 0.8 s to write and 1.8 s to read.
+Plain JSON with one line a sample; 145,665 structures take 20 MB.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def find_duplicates(groups: Sequence[Sequence[Row]], work: Path, tolerance_A: fl
         edges = np.empty((len(group), 3))
         for row in group:
             crystal = read_part(work, row)
-            # A comparison takes 10 ms and polymorphs come by the thousand: first those whose cells may be the same.
+            # A comparison takes milliseconds and polymorphs come by the thousand: first those whose cells may be the same.
             mine = np.sort(np.linalg.norm(compact_lattice(crystal.lattice_A), axis=1))
             reach = 2 * tolerance_A * mine / np.cbrt(crystal.volume_A3)
             near = np.flatnonzero((np.abs(edges[: len(kept)] - mine) < reach).all(1))
