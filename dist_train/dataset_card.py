@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_train.crystal.elements import SYMBOLS
-from dist_train.figures import periodic_table, split_histogram
 from dist_train.files import atomic_path, write_text
 
 CARD_NAME, PICTURES_NAME = "dataset_card.md", "dataset_card"
@@ -70,6 +69,9 @@ def write_card(root: Path, card: Card) -> None:
     counts = card.counts
     assert counts["inputs"] == counts["accepted"] + counts["rejected"], counts
     if len(card.atoms):
+        # Here, since matplotlib takes half a second that a job refused or finished long ago shouldn't pay.
+        from dist_train.figures import periodic_table, split_histogram
+
         names = list(card.splits)
         pictures = {
             "elements": periodic_table(card.elements),
