@@ -199,11 +199,17 @@ def test_workers_killed_in_the_middle_of_a_scan_and_of_a_shard(nodes: Nodes, job
 def test_a_node_removed_in_the_middle(nodes: Nodes, job: Job, whole: Path, tmp_path: Path) -> None:
     root = tmp_path / "shards"
     with job(root) as process:
-        busy = wait_until(lambda: len(found := nodes.workers(root, "tar")) == 2 and found, process)
+        # Each is held at its shard: one node alone can be through with all shards before the other has started its worker.
+        first, *_ = wait_until(lambda: nodes.workers(root, "tar"), process)
+        first.suspend()
+        second, *_ = wait_until(lambda: [w for w in nodes.workers(root, "tar") if w != first], process)
+        second.suspend()
+        assert len(recorded(root)) < len(Index.read(whole).shards)
         nodes.tell("remove")
         try:
-            wait_until(lambda: len({worker.pid for worker in busy} & {*session(nodes.process.pid)}) < 2, process)
-            assert len(recorded(root)) < len(Index.read(whole).shards)
+            first.resume()
+            second.resume()
+            wait_until(lambda: len({first.pid, second.pid} & {*session(nodes.process.pid)}) < 2, process)
             finish(process)
         finally:
             nodes.tell("add")
