@@ -37,13 +37,24 @@ class CrystalBatch(NamedTuple):
     """Crystals on grids of one shape, in physical units.
 
     density_BCDHW: float; species_BDHW: uint8 atomic numbers; cell_B6: logarithms of a, b, c and cosines of the angles;
-    composition_BZ: atoms of each atomic number, [B, MAX_Z + 1].
+    composition_BZ: atoms of each atomic number, [B, MAX_Z + 1]; weight_B: 1, or 0 in place of a damaged sample, which is
+    then left out of every loss: losses are sums of weight times the crystal's own loss, over B.
     """
 
     density_BCDHW: Tensor
     species_BDHW: Tensor
     cell_B6: Tensor
     composition_BZ: Tensor
+    weight_B: Tensor
+
+    @property
+    def size(self) -> int:
+        """Crystals, damaged ones included."""
+        return len(self.weight_B)
+
+    def rows(self, part: slice) -> CrystalBatch:
+        """Some of the crystals."""
+        return CrystalBatch(*(tensor[part] for tensor in self))
 
     def to(self, device: torch.device) -> CrystalBatch:
         """The same batch on a device."""

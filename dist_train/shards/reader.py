@@ -123,6 +123,7 @@ def collate(records: list[Record]) -> CrystalBatch:
         torch.from_numpy(np.stack([record.species_DHW for record in records])),
         torch.from_numpy(cell_numbers(np.stack([record.crystal.lengths_angles for record in records]))),
         torch.from_numpy(np.stack([composition_vector(record.crystal) for record in records])),
+        torch.ones(len(records)),
     )
 
 

@@ -45,7 +45,7 @@ def make_batch(size: int = 3) -> CrystalBatch:
     species[:, 2:4, 2:4, 2:4], species[:, 7:9, 7:9, 7:9] = 56, 8
     composition = torch.zeros(size, MAX_Z + 1)
     composition[:, [8, 22, 56]] = torch.tensor([3.0, 1.0, 1.0])
-    return CrystalBatch(torch.rand(size, 8, 12, 12, 12).half(), species, torch.randn(size, 6), composition)
+    return CrystalBatch(torch.rand(size, 8, 12, 12, 12).half(), species, torch.randn(size, 6), composition, torch.ones(size))
 
 
 def test_shapes_from_grid_to_latent_and_back() -> None:
