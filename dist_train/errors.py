@@ -2,7 +2,9 @@
 
 
 class DistTrainError(Exception):
-    """Root of every error that the command line reports in one line with exit code 2."""
+    """Root of every error that the command line reports in one line, with this exit code."""
+
+    exit_code = 2
 
 
 class ConfigError(DistTrainError):
@@ -27,3 +29,9 @@ class CheckpointError(DistTrainError):
 
 class ModelError(DistTrainError):
     """A model bundle or registry entry that is missing, damaged or doesn't fit the crystals."""
+
+
+class Interrupted(DistTrainError):
+    """A training that a scheduler asked to stop and that goes on when it is started again; exit code 85 says so."""
+
+    exit_code = 85

@@ -17,7 +17,7 @@ import torch
 from dist_train import __version__
 from dist_train.config import RunConfig, load_config
 from dist_train.crystal.cif import write_cif
-from dist_train.errors import CheckpointError, ConfigError, DistTrainError, ModelError
+from dist_train.errors import CheckpointError, ConfigError, DistTrainError, Interrupted, ModelError
 from dist_train.figures import loss_curves, slices
 from dist_train.files import write_text
 from dist_train.generate import encode
@@ -26,7 +26,7 @@ from dist_train.models.export import read_bundle, write_bundle
 from dist_train.models.reconstruct import Codec
 from dist_train.shards.index import Index
 from dist_train.shards.reader import ShardReader, collate
-from dist_train.training.checkpoint import Checkpoints
+from dist_train.training.checkpoint import Checkpoints, load, read_state
 from dist_train.training.engine import Engine, TorchEngine, check_batch
 from dist_train.training.loop import batch_plan, fit
 from dist_train.training.state import TrainState
@@ -74,6 +74,10 @@ def check_training(config: RunConfig, ranks: int) -> Index:
     if config.engine.name == "torch" and ranks > 1:
         raise ConfigError(f"engine.name 'torch' runs one process, {ranks} were started; set engine.name=deepspeed")
     check_batch(config, ranks)
+    if config.train.precision == "fp16" and not (config.engine.name == "deepspeed" and torch.cuda.is_available()):
+        raise ConfigError(
+            "train.precision 'fp16' needs a GPU and engine.name deepspeed; set train.precision to bf16 or fp32"
+        )
     check_grid(config.grid)
     config.check_halvings()
     if config.engine.name == "deepspeed":
@@ -98,7 +102,10 @@ def check_training(config: RunConfig, ranks: int) -> Index:
 
 def _check_same_run(config: RunConfig, before: RunConfig, run_dir: Path) -> None:
     """A run folder is continued only with the settings that decide its numbers; where to stop or log may change."""
-    free = {"stop_after_step", "log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "max_nonfinite"}
+    free = {
+        "stop_after_step", "log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "max_nonfinite",
+        "micro_batch_size", "watchdog_seconds",
+    }  # fmt: skip
 
     def deciding(run: RunConfig) -> dict[str, Any]:
         values = run.model_dump(mode="json", include={"seed", "grid", "model", "train"})
@@ -121,9 +128,12 @@ def _train_rank(config: RunConfig, index: Index, rank: int) -> str:
     checkpoints = Checkpoints(config.run_dir / "checkpoints", config)
     state = _first_state(config, index, engine, checkpoints)
     if rank:
-        fit(config, engine, reader, val, NoTracker(), checkpoints, state)
+        reached = fit(config, engine, reader, val, NoTracker(), checkpoints, state)
+        if reached.step == batch_plan(config, reader, rank, engine.ranks).steps:
+            engine.averaged()  # rank 0 makes the bundle of it, for which it needs the pieces of all
         engine.close()
         return ""
+    checkpoints.clean()
     plan = batch_plan(config, reader, rank, engine.ranks)
     if plan.never_seen:
         log.warning(
@@ -139,6 +149,9 @@ def _train_rank(config: RunConfig, index: Index, rank: int) -> str:
         done = reached.step == plan.steps
         summary = _finish(config, index, engine, reader, val, reached) if done else f"stopped after step {reached.step}"
         status = "FINISHED"
+    except Interrupted:
+        status = "KILLED"
+        raise
     finally:
         spool.close()
         pictures = [path for path in (config.run_dir / "figures",) if path.is_dir()]
@@ -177,20 +190,20 @@ def build_model(config: RunConfig, index: Index, reader: ShardReader) -> Crystal
 def _first_state(config: RunConfig, index: Index, engine: Engine, checkpoints: Checkpoints) -> TrainState:
     """The state of the newest checkpoint, or that of a new run. Raises CheckpointError where the data have changed."""
     digest = hashlib.sha256(json.dumps(engine.objective.model.config(), sort_keys=True).encode()).hexdigest()[:16]
-    fresh = TrainState(0, config.seed, index.digest, digest, engine.layout)
-    found = checkpoints.newest()
+    fresh = TrainState(0, config.seed, index.digest, digest, began=time.time())
+    found = engine.agree(checkpoints.newest() if engine.rank == 0 else None)[0]
     if found is None:
         if engine.rank == 0:
             _forget_other_data(config.run_dir, index.digest)
         return fresh
-    folder, state = found
-    for name in ("seed", "data_digest", "model_digest", "layout"):
+    state = read_state(found)
+    for name in ("seed", "data_digest", "model_digest"):
         if getattr(state, name) != getattr(fresh, name):
             raise CheckpointError(
-                f"checkpoint {folder} has the {name} {getattr(state, name)!r}, this run {getattr(fresh, name)!r}; "
+                f"checkpoint {found} has the {name} {getattr(state, name)!r}, this run {getattr(fresh, name)!r}; "
                 "start it as before, or set run_dir to a new folder"
             )
-    engine.load(folder / "engine")
+    load(engine, found)
     return state
 
 
@@ -225,8 +238,7 @@ def _finish(
     config: RunConfig, index: Index, engine: Engine, reader: ShardReader, val: ShardReader, state: TrainState
 ) -> str:
     """Rank 0, after the last step: the bundle with its prior, and the pictures."""
-    model = CrystalAutoencoder.from_config(engine.objective.model.config())
-    model.load_state_dict(engine.average.weights(), strict=False)
+    model = engine.averaged()
     codec = Codec(model)
     _fit_prior(codec, reader)
     about = {
