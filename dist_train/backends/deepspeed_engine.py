@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
-import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -66,7 +67,6 @@ def init_process_group() -> tuple[int, int]:
     import deepspeed
     import deepspeed.ops
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed calls collectives under names that torch renames; nothing that a user could change.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # Without this DeepSpeed compiles a shared-memory collective (over a minute) that gloo does as well.
@@ -140,7 +140,8 @@ class DeepSpeedEngine(Engine):
             if self.stage == 0
             else torch.optim.AdamW(groups, lr=train.learning_rate)
         )
-        self.engine, *_ = deepspeed.initialize(model=self.objective, optimizer=self.optimizer, config=settings)
+        with redirect_stdout(io.StringIO()):  # where some stages print how much memory is in use
+            self.engine, *_ = deepspeed.initialize(model=self.objective, optimizer=self.optimizer, config=settings)
         # Checkpoints are agreed on in a thread of their own, which must not mix with the collectives of training.
         self.side = torch.distributed.new_group(backend="gloo", timeout=SIDE_TIMEOUT)
         self.start()

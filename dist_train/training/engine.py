@@ -1,8 +1,8 @@
 """What the train loop needs of an engine, and the plain PyTorch one (one process).
 
 A rank holds *pieces*: runs of the flattened parameters in float32 with their optimiser state. Every number of every trained
-parameter is in exactly one piece, of one rank or of each, whatever the engine and its ZeRO stage. The average of the weights,
-the checkpoints and the export are written in terms of pieces, so none of them depends on the engine or the number of ranks.
+parameter is in exactly one piece, of one rank or of each, whatever the engine and its ZeRO stage. The average of the
+weights, the checkpoints and the export are made of pieces, so none of them depends on the engine or the number of ranks.
 """
 
 from __future__ import annotations
