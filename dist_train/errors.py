@@ -32,6 +32,12 @@ class ModelError(DistTrainError):
 
 
 class Interrupted(DistTrainError):
-    """A training that a scheduler asked to stop and that goes on when it is started again; exit code 85 says so."""
+    """A training that was asked to stop, has saved where it is, and goes on when it is started again."""
 
     exit_code = 85
+
+
+class OutOfMemory(DistTrainError):
+    """A device that is too small for a forward pass; started again at once, the training takes half as much at a time."""
+
+    exit_code = 86

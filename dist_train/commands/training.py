@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
@@ -9,6 +10,7 @@ import os
 import re
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,7 @@ import torch
 from dist_train import __version__
 from dist_train.config import RunConfig, load_config
 from dist_train.crystal.cif import write_cif
-from dist_train.errors import CheckpointError, ConfigError, DistTrainError, Interrupted, ModelError
+from dist_train.errors import CheckpointError, ConfigError, DistTrainError, Interrupted, ModelError, OutOfMemory
 from dist_train.figures import loss_curves, slices
 from dist_train.files import write_text
 from dist_train.generate import encode
@@ -41,10 +43,15 @@ PRIOR_SAMPLES = 20_000
 MIN_CELL_STD = 0.01
 """Least spread of the cell numbers: where all crystals share a number, the network's noise is scaled down to this."""
 FIGURE_CRYSTALS = 4
+MICRO_BATCH = "micro_batch_size"
+"""File of a run folder with the micro-batch that fits into the device, where that asked for did not."""
 
 
 def train(config: RunConfig) -> str:
-    """Train (or resume) in this process, one rank of possibly many; returns a summary for rank 0, '' for others."""
+    """Train (or resume) in this process, one rank of possibly many; returns a summary for rank 0, '' for others.
+
+    Raises OutOfMemory where one of several ranks ran out of memory: they have to be started again together.
+    """
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
         index = check_training(config, ranks)
@@ -58,7 +65,41 @@ def train(config: RunConfig) -> str:
         from dist_train.backends.deepspeed_engine import init_process_group
 
         rank, ranks = init_process_group()
-    return _train_rank(config, index, rank)
+    while True:
+        try:
+            return _train_rank(_fitting(config, ranks), index, rank)
+        except torch.OutOfMemoryError as error:
+            told = _halve(config, ranks, str(error))
+        if ranks > 1:
+            raise OutOfMemory(told)
+        log.warning("%s", told)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _fitting(config: RunConfig, ranks: int) -> RunConfig:
+    """The config with the micro-batch that earlier starts of the run found to fit into the device."""
+    found = config.run_dir / MICRO_BATCH
+    return _with_micro(config, min(int(found.read_text()), check_batch(config, ranks))) if found.exists() else config
+
+
+def _with_micro(config: RunConfig, micro: int) -> RunConfig:
+    return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": micro})})
+
+
+def _halve(config: RunConfig, ranks: int, reason: str) -> str:
+    """Note half the micro-batch, or the next less that divides, for the next start; what to tell of it.
+
+    Raises OutOfMemory where there is none.
+    """
+    micro = check_batch(_fitting(config, ranks), ranks)
+    told = f"out of memory with {micro} crystals at a time ({reason.splitlines()[0]})"
+    for less in range(micro // 2, 0, -1):
+        with suppress(ConfigError):
+            check_batch(_with_micro(config, less), ranks)
+            write_text(config.run_dir / MICRO_BATCH, str(less))
+            return f"{told}; the run goes on from its newest checkpoint with {less}, the global batch unchanged"
+    raise OutOfMemory(f"{told}, and fewer can't be taken: use a smaller model or grid, or train.activation_checkpointing")
 
 
 def _be_deterministic() -> None:
@@ -151,6 +192,10 @@ def _train_rank(config: RunConfig, index: Index, rank: int) -> str:
         status = "FINISHED"
     except Interrupted:
         status = "KILLED"
+        raise
+    except torch.OutOfMemoryError:
+        if engine.ranks == 1:  # this process goes on, from there
+            checkpoints.wait()
         raise
     finally:
         spool.close()

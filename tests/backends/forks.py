@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 END_SECONDS = 1.0
 """What a launcher gives the other ranks after one has ended badly."""
 
@@ -26,7 +28,8 @@ class Request:
 
     signals: [rank, number, step]: sent to a rank as soon as `spool` has a record of the step, a random moment later.
     patches: [rank, 'module:name', call, what]: at that call of a function, from 1, the rank kills itself ('kill'), sleeps
-    ('hang') or runs out of memory ('memory').
+    ('hang'), runs out of memory ('memory'), has nothing but nan in its tensor arguments
+    ('nan'), or only says that it was called ('note').
     """
 
     ranks: int
@@ -39,8 +42,6 @@ class Request:
 
 
 def main() -> None:
-    import torch
-
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # torch imports its compiler for that
     import deepspeed
@@ -51,7 +52,7 @@ def main() -> None:
 
     import dist_train.backends.deepspeed_engine
     import dist_train.cli
-    import dist_train.commands.training  # noqa: F401
+    import dist_train.commands.training
 
     print("ready", flush=True)
     for line in sys.stdin:
@@ -133,7 +134,11 @@ def patch(place: str, call: int, what: str) -> None:
     def wrapped(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == call:
+        if calls == call and what == "nan":
+            arguments = tuple(a * float("nan") if isinstance(a, torch.Tensor) else a for a in arguments)
+        elif calls == call and what == "note":
+            print(f"called {last}")
+        elif calls == call:
             go_wrong(what)
         return function(*arguments, **options)
 
@@ -146,8 +151,6 @@ def go_wrong(what: str) -> None:
     elif what == "hang":
         time.sleep(3600)
     else:
-        import torch
-
         raise torch.OutOfMemoryError("a GPU with too little memory")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import signal
 import sys
@@ -218,3 +219,50 @@ def test_parts_add_up_to_the_whole_batch(runs: Runs, stage: int) -> None:
     found, expected = runs.losses(f"parts{stage}"), runs.losses(f"whole_batch{stage}")
     for step, values in expected.items():
         assert found[step] == pytest.approx(values, rel=1e-4)
+
+
+ENGINE = "dist_train.backends.deepspeed_engine:DeepSpeedEngine"
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("stage", range(4))
+def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(runs: Runs, stage: int) -> None:
+    name = f"nan{stage}"
+    scale = "dist_train.models.autoencoder:Standardiser.density"
+    assert runs.launch(name, 2, "train.precision=bf16", patches=[(1, scale, 3, "nan")], stage=stage) == [0, 0], runs.told(
+        name
+    )
+    assert "12 steps done, 1 skipped" in runs.told(name)
+    bad = {step for step, (_, norm) in runs.losses(name).items() if not math.isfinite(norm)}
+    assert len(bad) == 1
+    assert all(torch.isfinite(value).all() for value in runs.weights(name).values())
+
+
+@pytest.mark.timeout(60)
+def test_out_of_memory_halves_what_is_taken_at_once(runs: Runs) -> None:
+    """The global batch stays what it is: the losses are those of a run that had the memory."""
+    options = ("train.precision=fp32", "train.epochs=3", "train.checkpoint_every=3", "train.global_batch_size=8")
+    assert runs.launch("roomy", 2, *options) == [0, 0]
+    codes = runs.launch("tight", 2, *options, patches=[(1, f"{ENGINE}.step", 5, "memory")])
+    assert codes[1] == 86
+    assert "out of memory with 4 crystals at a time" in runs.told("tight", 1)
+    assert "goes on from its newest checkpoint with 2" in runs.told("tight", 1)
+    assert runs.launch("tight", 2, *options) == [0, 0], runs.told("tight")
+    expected, found = runs.losses("roomy"), runs.losses("tight")
+    assert all(found[step] == pytest.approx(values, rel=1e-4) for step, values in expected.items())
+
+
+@pytest.mark.timeout(60)
+def test_one_process_out_of_memory_goes_on_by_itself(runs: Runs) -> None:
+    options = ("train.precision=fp32", "train.global_batch_size=8")
+    patches = [(0, f"{ENGINE}.step", 5, "memory"), (0, "dist_train.commands.training:load", 1, "note")]
+    assert runs.launch("alone", 1, *options, patches=patches) == [0], runs.told("alone")
+    told = runs.told("alone")
+    assert "out of memory with 8 crystals at a time" in told and "goes on from its newest checkpoint with 4" in told
+    assert "called load" in told, "it goes on from a checkpoint"
+
+
+def test_out_of_memory_with_one_crystal_is_the_end(runs: Runs) -> None:
+    options = ("train.global_batch_size=2", "train.unet_share=1", "train.micro_batch_size=1")
+    assert runs.launch("hopeless", 1, *options, patches=[(0, f"{ENGINE}.step", 2, "memory")]) == [86]
+    assert "fewer can't be taken" in runs.told("hopeless")
