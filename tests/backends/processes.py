@@ -111,3 +111,18 @@ def wait_until(condition: Callable[[], T], process: subprocess.Popen[str] | None
 def contents(root: Path) -> dict[str, str]:
     """sha256 of every file below a folder, hidden ones included."""
     return {str(path.relative_to(root)): sha256(path) for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A small file system. Skips the test where none can be mounted."""
+    if os.geteuid() or sys.platform != "linux":
+        pytest.skip("only root on Linux can mount a small file system")
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    mounted = subprocess.run(mount, capture_output=True, text=True, timeout=30)
+    if mounted.returncode:
+        pytest.skip(f"a small file system can't be mounted: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True, timeout=30)
