@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -14,12 +15,15 @@ from dist_train.models.autoencoder import CrystalBatch
 from dist_train.models.objectives import PARTS, Noise, step_noise
 from dist_train.models.reconstruct import Codec
 from dist_train.progress import Progress
-from dist_train.shards.reader import BatchPlan, ShardReader, collate, train_batches
+from dist_train.shards.batches import TrainBatch, collate, train_batches
+from dist_train.shards.order import BatchPlan
+from dist_train.shards.reader import ShardReader
 from dist_train.training.checkpoint import Checkpoints
 from dist_train.training.engine import Engine, StepResult
 from dist_train.training.state import TrainState, learning_rate
 from dist_train.training.tracker import Tracker
 
+log = logging.getLogger(__name__)
 VALIDATION_BATCH = 32
 VALIDATED = ("loss", *PARTS, "count_exact", "composition_exact")
 
@@ -38,7 +42,11 @@ def fit(
     meter = Meter(settings.global_batch_size)
     in_a_row = 0
     with Progress("train", plan.steps, "steps", state.step, shown=engine.rank == 0) as progress:
-        for step, batch in meter.timed(train_batches(train, plan, state.step, last)):
+        data, device = config.data, engine.device
+        for item in meter.timed(train_batches(train, plan, state.step, last, device, data.reader_threads, data.max_damaged)):
+            step, batch = item.step, item.batch.to(device)
+            for message in item.damaged:
+                log.warning("step %d, rank %d: %s", step, engine.rank, message)
             rate = learning_rate(step, plan.steps, settings)
             result = engine.step(batch, _noise(config, engine, step), rate)
             state = replace(state, step=step + 1, skipped=state.skipped + (not result.applied))
@@ -60,7 +68,11 @@ def fit(
 
 def batch_plan(config: RunConfig, train: ShardReader, rank: int, ranks: int) -> BatchPlan:
     """The batches of a run. Raises ShardError where the training split doesn't fill one."""
-    return BatchPlan(train.shapes, config.train.global_batch_size, config.train.epochs, config.seed, rank, ranks)
+    settings = config.train
+    return BatchPlan(
+        train.shapes, train.shard_sizes, settings.global_batch_size, settings.epochs, config.seed, rank, ranks,
+        config.data.shuffle_window,
+    )  # fmt: skip
 
 
 def _noise(config: RunConfig, engine: Engine, step: int) -> Noise:
@@ -93,7 +105,7 @@ class Meter:
     _waited: float = 0.0
     _since: float = field(default_factory=time.perf_counter)
 
-    def timed(self, batches: Iterable[tuple[int, CrystalBatch]]) -> Iterator[tuple[int, CrystalBatch]]:
+    def timed(self, batches: Iterable[TrainBatch]) -> Iterator[TrainBatch]:
         """The batches, with the wait for each measured."""
         iterator = iter(batches)
         while True:
