@@ -32,7 +32,7 @@ T = TypeVar("T")
 CACHE_NAME = "dist_train_shards"
 """Folder below `data.cache_dir`: whatever lies in it may be removed."""
 CHUNK_BYTES = 2**25
-LOCKS = 64
+LOCKS = 256
 PAUSES_S = (0.5, 2.0, 8.0)
 """Before the second, third and fourth attempt at a request; the file system's library may make attempts of its own."""
 POLL_S = 0.1
@@ -54,7 +54,7 @@ class Remote:
 
         Raises FileNotFoundError, or ShardError for whatever else keeps it from being read.
         """
-        return self._attempt(name, lambda: bytes(self.fs.cat_file(f"{self.path}/{name}", start, stop)))
+        return self._attempt(name, lambda: bytes(self.fs.cat_file(f"{self.path}/{name}", start=start, end=stop)))
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every file of the folder, by name."""
@@ -68,7 +68,7 @@ class Remote:
             except FileNotFoundError:
                 raise
             except Exception as error:  # every remote file system has errors of its own
-                if pause is None or isinstance(error, (PermissionError, NotImplementedError)):
+                if pause is None or isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
                     told = " ".join(str(error).split())[:300]
                     raise ShardError(
                         f"{self.url}/{name} can't be read: {type(error).__name__}: {told}; check data.shards, the network "
@@ -130,7 +130,7 @@ class ShardCache:
                     ) from None
 
     def _lock(self, path: Path) -> Path:
-        return self.root / "locks" / f"{crc32(f'{path.parent.name}/{path.name}'.encode()) % LOCKS:02d}"
+        return self.root / "locks" / f"{crc32(f'{path.parent.name}/{path.name}'.encode()) % LOCKS:03d}"
 
     def _download(self, shard: ShardRecord, path: Path) -> None:
         temporary = path.with_name(f".{shard.name}.tmp")
