@@ -14,7 +14,7 @@ from torch import Tensor
 from dist_train.config import RunConfig
 from dist_train.errors import ConfigError, DistTrainError
 from dist_train.models.autoencoder import CrystalAutoencoder, CrystalBatch
-from dist_train.models.objectives import JointObjective, Noise
+from dist_train.models.objectives import Noise, Objective, prepare
 from dist_train.training.checkpoint import load_tensors
 from dist_train.training.engine import StepResult, WeightAverage, check_batch, make_optimizer
 
@@ -98,7 +98,7 @@ class DeepSpeedEngine:
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        self.objective = JointObjective(model.to(self.device), config.train, self.device, dtype)
+        self.objective = prepare(Objective(model.to(self.device), config.train, self.device, dtype), config.train)
         self.average = WeightAverage(model, config.train.ema_decay)
         settings = deepspeed_config(config, self.ranks)
         self.layout = f"deepspeed, ZeRO {settings['zero_optimization']['stage']}, {self.ranks} ranks"

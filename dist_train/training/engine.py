@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dist_train.config import RunConfig
 from dist_train.errors import ConfigError
 from dist_train.models.autoencoder import CrystalAutoencoder, CrystalBatch
-from dist_train.models.objectives import JointObjective, Noise
+from dist_train.models.objectives import Noise, Objective, prepare
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Engine(Protocol):
     rank: int
     ranks: int
     device: torch.device
-    objective: JointObjective
+    objective: Objective
     average: WeightAverage
     layout: str
     """Engine, ZeRO stage and ranks: a checkpoint is loaded into the same layout only."""
@@ -107,9 +107,10 @@ class WeightAverage:
 
 
 def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
-    """AdamW; biases are spared the weight decay."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim <= 1]
+    """AdamW of what is trained; biases are spared the weight decay."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim > 1]
+    plain = [p for p in trained if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": config.train.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.train.learning_rate)
 
@@ -122,7 +123,7 @@ class TorchEngine:
     def __init__(self, model: CrystalAutoencoder, config: RunConfig) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        self.objective = JointObjective(model.to(self.device), config.train, self.device, self.dtype)
+        self.objective = prepare(Objective(model.to(self.device), config.train, self.device, self.dtype), config.train)
         self.optimizer = make_optimizer(model, config)
         self.average = WeightAverage(model, config.train.ema_decay)
         self.clip = config.train.gradient_clip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 
 import torch
 
@@ -40,7 +41,7 @@ def fit(
     with Progress("train", plan.steps, "steps", state.step, shown=engine.rank == 0) as progress:
         for step, batch in meter.timed(train_batches(train, plan, state.step, last)):
             rate = learning_rate(step, plan.steps, settings)
-            result = engine.step(batch, _noise(config, engine, step), rate)
+            result = engine.step(batch, _noise(config, engine, step, batch), rate)
             state = replace(state, step=step + 1, skipped=state.skipped + (not result.applied))
             in_a_row = 0 if result.applied else in_a_row + 1
             if in_a_row >= settings.max_nonfinite:
@@ -63,13 +64,12 @@ def batch_plan(config: RunConfig, train: ShardReader, rank: int, ranks: int) -> 
     return BatchPlan(train.shapes, config.train.global_batch_size, config.train.epochs, config.seed, rank, ranks)
 
 
-def _noise(config: RunConfig, engine: Engine, step: int) -> Noise:
+def _noise(config: RunConfig, engine: Engine, step: int, batch: CrystalBatch) -> Noise:
     """The noise of this rank's slice of a step's global batch."""
-    model, share = engine.objective.model, config.train.global_batch_size // engine.ranks
-    assert isinstance(model.grid.shape, int)
+    share = config.train.global_batch_size // engine.ranks
     positions = range(engine.rank * share, (engine.rank + 1) * share)
-    latent, shape = model.model.latent, model.grid.shape
-    return step_noise(config.seed, step, positions, config.train.unet_share, latent, shape, engine.device)
+    latent, shape = config.model.latent, batch.shape
+    return step_noise(config.seed, step, positions, engine.objective.share, latent, shape, engine.device)
 
 
 def _nonfinite_message(in_a_row: int, step: int, train: ShardReader, plan: BatchPlan) -> str:
@@ -131,8 +131,7 @@ def validate(config: RunConfig, engine: Engine, val: ShardReader) -> dict[str, f
     sums = dict.fromkeys(VALIDATED, 0.0)  # all of them also on a rank that has no crystal: ranks add up in this order
     with engine.average.in_model():
         codec = Codec(engine.objective.model)
-        for start in range(0, len(places), VALIDATION_BATCH):
-            chosen = places[start : start + VALIDATION_BATCH]
+        for chosen in _of_one_shape(places, val):
             records = [val[place] for place in chosen]
             batch = collate(records)
             for name, value in _losses(config, engine, codec, batch, chosen).items():
@@ -147,10 +146,17 @@ def validate(config: RunConfig, engine: Engine, val: ShardReader) -> dict[str, f
     return {f"val/{name}": total / len(val) for name, total in zip(VALIDATED, totals, strict=True)}
 
 
+def _of_one_shape(places: list[int], val: ShardReader) -> Iterator[list[int]]:
+    """The places in batches, each of crystals on grids of one shape."""
+    shapes = val.shapes
+    for _, group in groupby(sorted(places, key=lambda place: shapes[place]), key=lambda place: shapes[place]):
+        alike = list(group)
+        yield from (alike[start : start + VALIDATION_BATCH] for start in range(0, len(alike), VALIDATION_BATCH))
+
+
 def _losses(config: RunConfig, engine: Engine, codec: Codec, batch: CrystalBatch, places: list[int]) -> dict[str, float]:
     """Loss and parts of validation crystals at the posterior mean."""
-    model = codec.model
-    assert isinstance(model.grid.shape, int)
-    noise = step_noise(config.seed, 0, places, 1.0, model.model.latent, model.grid.shape, engine.device)
+    share = 1.0 if engine.objective.share else 0.0
+    noise = step_noise(config.seed, 0, places, share, codec.model.model.latent, batch.shape, engine.device)
     loss, parts = engine.loss(batch, replace(noise, latent_BL=torch.zeros_like(noise.latent_BL)))
     return {"loss": float(loss), **{name: float(value) for name, value in parts.items()}}
