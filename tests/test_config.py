@@ -114,8 +114,32 @@ def test_refusals_name_the_key_the_value_and_the_remedy(override: str, message: 
 
 def test_a_cube_that_the_networks_cant_halve_is_for_voxelising_alone() -> None:
     load_config(None, ("grid.shape=32",)).check_halvings()
-    with pytest.raises(ConfigError, match=r"grid\.shape 30 must be a multiple of 4 for 2 model\.vae_widths and 3 model\."):
-        load_config(None, ("grid.preset=paper-unit",)).check_halvings()
+    with pytest.raises(
+        ConfigError, match=r"grid\.shape 30 must be a multiple of 4 for 2 halvings of model\.vae_widths and 3 "
+    ):
+        load_config(None, ("grid.shape=30",)).check_halvings()
+
+
+def test_boxes_are_filled_up_and_have_no_coarse_grid_of_their_own() -> None:
+    load_config(None, ("grid.preset=paper-unit", "model.preset=paper")).check_halvings()
+    with pytest.raises(ConfigError, match=r"model\.coarse 4 is for .*: set it to null"):
+        load_config(None, ("grid.preset=paper-unit", "model.coarse=4")).check_halvings()
+
+
+def test_adaptive_grids_can_be_halved_three_times() -> None:
+    load_config(None, ("grid.shape=adaptive", "model.unet_levels=4")).check_halvings()
+    for deep in ("model.unet_levels=5", "model.vae_widths=[1, 2, 3, 4]"):
+        with pytest.raises(ConfigError, match="'adaptive' gives multiples of 8 voxels, 16 are needed"):
+            load_config(None, ("grid.shape=adaptive", deep)).check_halvings()
+
+
+def test_model_presets_can_be_changed() -> None:
+    model = load_config(None, ("model.preset=paper", "model.latent=7")).model
+    assert (model.latent, model.unet_width, model.blocks) == (7, 64, "paper")
+    assert "known are cell-tiny, cell-small, cell-base, cell-large, paper" in refusal("model.preset=huge")
+    assert "norm_groups 3 must divide all of vae_widths [32, 64] and unet_width 8" in refusal("model.norm_groups=3")
+    assert "vae_halvings 3 is more than the 2 vae_widths" in refusal("model.vae_halvings=3")
+    assert load_config(None, ("model.preset=cell-small",)).model == load_config().model
 
 
 @pytest.mark.parametrize(

@@ -157,12 +157,16 @@ def prepare(objective: Objective, train: TrainConfig) -> Objective:
     for network in networks:
         network.recompute = train.activation_checkpointing
     if train.channels_last:
-        # Only networks of 5-D weights take it: .to() would ask linear layers, too, but leaves them alone.
         objective.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     if train.compile:
+        if model.grid.shape == "adaptive":
+            # Each of dozens of shapes would be compiled anew: one graph for all of them fails inside torch 2.13.
+            raise ConfigError(
+                "train.compile needs grids of one shape, grid.shape is 'adaptive'; give a number or set train.compile=false"
+            )
         _check_compiler(next(model.parameters()).device)
         for network in networks:
-            network.compile(dynamic=model.grid.shape == "adaptive")
+            network.compile(dynamic=False)
     return objective
 
 
