@@ -254,7 +254,7 @@ MODEL_PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Named starting points of a ModelConfig. Parameters in millions, VAE + U-Net, for 94 elements:
 
-cell-tiny 3.5 + 0.06, cell-small 26.2 + 0.24, cell-base 16.8 + 14.5, cell-large 66.9 + 32.6: on cells of 32^3 or of adaptive
+cell-tiny 3.5 + 0.064, cell-small 26.2 + 0.24, cell-base 16.8 + 14.5, cell-large 66.9 + 32.6: on cells of 32^3 or of adaptive
 shape with the channels occupancy, period and group. Most of the first two lies in linear layers, which shrink with the grid.
 
 paper 108.8 + 103.9, on its grids (see GRID_PRESETS); the code of Hoffmann et al. (2019) has 109.0 + 104.3. Changed, so that
