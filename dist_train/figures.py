@@ -83,7 +83,8 @@ def loss_curves(spool: Path) -> bytes:
         for kind in ("train", "val"):
             if f"{kind}/{part}" in series:
                 axis.plot(*series[f"{kind}/{part}"], label=kind, marker="o" if kind == "val" else None, markersize=3)
-        axis.set_yscale("log")
+        if any(value > 0 for value in series[f"train/{part}"][1]):  # a part that isn't trained is 0
+            axis.set_yscale("log")
         axis.set_title(part, fontsize=10)
     accuracy = panels[len(parts)]
     for name in ("val/composition_exact", "val/count_exact"):

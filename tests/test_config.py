@@ -23,13 +23,18 @@ def refusal(*overrides: str) -> str:
     return str(caught.value)
 
 
+def said(resolved: Any, given: Any) -> bool:
+    """Whether all that is given is resolved as it stands there; other keys change what a preset stands for."""
+    if not isinstance(given, dict):
+        return bool(resolved == given)
+    return all(said(resolved[key], value) for key, value in given.items() if key != "preset")
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_shipped_run_files_load_and_say_what_they_set(path: Path) -> None:
-    config = load_config(path)
-    resolved = config.model_dump(mode="json")
+    resolved = load_config(path).model_dump(mode="json")
     for section, values in yaml.safe_load(path.read_text()).items():
-        for key, value in values.items() if isinstance(values, dict) else [(None, values)]:
-            assert (resolved[section][key] if key else resolved[section]) == value
+        assert said(resolved[section], values), section
 
 
 def test_run_files_are_shipped() -> None:

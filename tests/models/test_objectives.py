@@ -263,9 +263,10 @@ def test_channels_last_changes_rounding_alone(model: ModelConfig) -> None:
 
 COMPILE = """
 import torch
-from small_models import CPU, LIGHT, loss_and_gradients, make_batch, make_objective
+from small_models import CPU, CUBE, LIGHT, loss_and_gradients, make_batch, make_objective
 from dist_train.models.objectives import step_noise
-plain, fast = make_objective(), make_objective(compile=True)
+model = LIGHT.model_copy(update={"vae_widths": (4,)})
+plain, fast = make_objective(CUBE, model), make_objective(CUBE, model, compile=True)
 assert list(fast.state_dict()) == list(plain.state_dict())
 batch, noise = make_batch(2), step_noise(0, 0, range(2), 1.0, LIGHT.latent, (12, 12, 12), CPU)
 loss, gradients = loss_and_gradients(plain, batch, noise)
