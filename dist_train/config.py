@@ -13,6 +13,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from dist_train.errors import ConfigError
 
+ADAPTIVE_MULTIPLE = 8
+"""Adaptive grids have a multiple of this many voxels along each axis."""
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -36,6 +38,17 @@ class Section(BaseModel):
     """Base of every section: immutable, typed, closed to unknown keys; `description`s are the documentation."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def _with_preset(values: Any, presets: dict[str, dict[str, Any]]) -> Any:
+    """The values of a section, `preset: NAME` replaced by what it stands for; the other keys change it."""
+    if not (isinstance(values, dict) and "preset" in values):
+        return values
+    changes = dict(values)
+    name = changes.pop("preset")
+    if name not in presets:
+        raise ValueError(f"preset {name!r} is unknown, known are {', '.join(presets)}")
+    return presets[name] | changes
 
 
 class GridSpec(Section):
@@ -79,13 +92,7 @@ class GridSpec(Section):
     @model_validator(mode="before")
     @classmethod
     def _from_preset(cls, values: Any) -> Any:
-        if not (isinstance(values, dict) and "preset" in values):
-            return values
-        changes = dict(values)
-        name = changes.pop("preset")
-        if name not in GRID_PRESETS:
-            raise ValueError(f"preset {name!r} is unknown, known are {', '.join(GRID_PRESETS)}")
-        return GRID_PRESETS[name] | changes
+        return _with_preset(values, GRID_PRESETS)
 
     @model_validator(mode="after")
     def _channels_are_sound(self) -> Self:
@@ -205,16 +212,83 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    """Sizes of the VAE and of the attention U-Net."""
+    """Sizes of the VAE and of the attention U-Net.
+
+    `preset: NAME` in a config starts from one of MODEL_PRESETS; other keys change it.
+    """
 
     latent: Count = 256
     """Numbers in the latent vector of a crystal."""
-    vae_widths: tuple[Count, ...] = (32, 64)
-    """Channels after each halving of the grid in the encoder; the decoder mirrors them."""
+    vae_widths: Annotated[tuple[Count, ...], Field(min_length=1)] = (32, 64)
+    """Channels after each layer of the encoder; the decoder mirrors them."""
+    vae_halvings: Count | None = None
+    """How many of these layers, the last ones, halve the grid; null: all."""
+    coarse: Count | None = None
+    """Voxels along each axis of the grid between the VAE's convolutions and the latent vector; cells of other shapes are
+    brought to it by Fourier interpolation. null: the cube's after all halvings (for adaptive grids that of a cube of 32)."""
+    hidden: Annotated[int, Field(ge=0)] = 0
+    """Width of a linear layer between that grid and the latent vector, in encoder and decoder; 0: none."""
     unet_width: Count = 8
     """Channels of the U-Net's first level; every level below doubles them."""
     unet_levels: Annotated[int, Field(ge=2, le=6)] = 3
     """Resolutions of the U-Net, the input's included."""
+    blocks: Literal["light", "paper"] = "light"
+    """'light': strided 4^3 convolutions halve grids, pixel shuffle doubles them; SiLU. 'paper': max pooling (in the VAE
+    strided 3^3 convolutions) halves, trilinear interpolation doubles, the U-Net has two convolutions where 'light' has one;
+    LeakyReLU."""
+    norm_groups: Annotated[int, Field(ge=0)] = 0
+    """Groups of a GroupNorm after each convolution; 0: none. No BatchNorm: its statistics would mix the crystals of a batch,
+    so that the loss of one would hang on the number of ranks and on damaged samples beside it."""
+    gate: bool = True
+    """Add the decoded composition to the U-Net's logits, so that absent elements are barred."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, values: Any) -> Any:
+        return _with_preset(values, MODEL_PRESETS)
+
+    @model_validator(mode="after")
+    def _layers_are_sound(self) -> Self:
+        if self.vae_halvings is not None and self.vae_halvings > len(self.vae_widths):
+            raise ValueError(f"vae_halvings {self.vae_halvings} is more than the {len(self.vae_widths)} vae_widths")
+        if self.norm_groups and any(width % self.norm_groups for width in (*self.vae_widths, self.unet_width)):
+            raise ValueError(
+                f"norm_groups {self.norm_groups} must divide all of vae_widths {list(self.vae_widths)} "
+                f"and unet_width {self.unet_width}"
+            )
+        return self
+
+    @property
+    def halvings(self) -> int:
+        """How often the encoder halves the grid."""
+        return self.vae_halvings or len(self.vae_widths)
+
+
+MODEL_PRESETS: dict[str, dict[str, Any]] = {
+    "cell-tiny": {"latent": 64, "vae_widths": [16, 32], "unet_width": 4},
+    "cell-small": {},
+    "cell-base": {
+        "latent": 256, "vae_widths": [64, 128, 256], "unet_width": 48, "unet_levels": 4, "blocks": "paper", "norm_groups": 8,
+    },
+    "cell-large": {
+        "latent": 512, "vae_widths": [128, 256, 512], "unet_width": 72, "unet_levels": 4, "blocks": "paper",
+        "norm_groups": 8,
+    },
+    "paper": {
+        "latent": 300, "vae_widths": [16, 32, 64, 128, 256], "vae_halvings": 3, "hidden": 3100, "unet_width": 64,
+        "unet_levels": 5, "blocks": "paper", "norm_groups": 8, "gate": False,
+    },
+}  # fmt: skip
+"""Named starting points of a ModelConfig. Parameters in millions, VAE + U-Net, for 94 elements:
+
+cell-tiny 3.5 + 0.064, cell-small 26.2 + 0.24, cell-base 16.8 + 14.5, cell-large 66.9 + 32.6: on cells of 32^3 or of adaptive
+shape with the channels occupancy, period and group. Most of the first two lies in linear layers, which shrink with the grid.
+
+paper 108.8 + 103.9, on its grids (see GRID_PRESETS); the code of Hoffmann et al. (2019) has 109.0 + 104.3. Changed, so that
+all layers fit: every convolution has a kernel of 3^3 and keeps the shape, and 30^3 is filled up to 32^3. Changed, so that it
+trains: GroupNorm for BatchNorm (see `norm_groups`), LeakyReLU throughout and between the linear layers, densities
+standardised and so no ReLU behind them. Added: the heads for cell, count and composition.
+"""
 
 
 class LossWeights(Section):
@@ -226,6 +300,8 @@ class LossWeights(Section):
     """Cross entropy of the species of voxels."""
     kl: NonNegative = 1e-4
     """Kullback-Leibler divergence from N(0, I), nats a crystal."""
+    free_bits: NonNegative = 0.0
+    """Nats of each latent dimension of each crystal that cost nothing (Kingma et al. 2016): max(KL, free_bits) is summed."""
     lattice: NonNegative = 0.1
     """Squared error of the standardised cell parameters."""
     count: NonNegative = 0.1
@@ -243,6 +319,11 @@ class TrainConfig(Section):
     """Crystals a step over all ranks; must be divisible by the number of ranks."""
     micro_batch_size: Count | None = None
     """Crystals a rank takes at once, a divisor of its share; gradients add up over these. null takes its whole share."""
+    objective: Literal["joint", "vae", "unet"] = "joint"
+    """'joint': both networks, the U-Net on what the VAE decodes. 'vae': the VAE alone. 'unet': the U-Net alone, on what the
+    frozen VAE of `init_from` decodes."""
+    init_from: Path | None = None
+    """Bundle folder whose weights and standardisation a new run starts from; grid, elements and model must be the same."""
     unet_share: Annotated[float, Field(gt=0, le=1)] = 0.25
     """Share of each rank's crystals that the U-Net sees in a step (it costs far more than the VAE)."""
     background_ratio: Positive = 3.0
@@ -251,6 +332,8 @@ class TrainConfig(Section):
     """Peak of the schedule: linear warm-up, then half a cosine to zero."""
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     """Steps of the linear warm-up."""
+    kl_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps in which the weight of the KL divergence rises from 0; 0: it has its full weight at once."""
     weight_decay: NonNegative = 0.0
     """AdamW's decoupled weight decay."""
     gradient_clip: Positive = 1.0
@@ -261,6 +344,14 @@ class TrainConfig(Section):
     """Number format of the forward and backward pass; weights are kept in fp32 beside it. fp16, with a dynamic loss scale,
     is for GPUs under DeepSpeed."""
     loss: LossWeights = LossWeights()
+    activation_checkpointing: bool = False
+    """Keep the inputs of the networks' blocks alone and compute what is inside again in the backward pass: a half to a
+    quarter of the memory for 1.2 to 1.3 times the time."""
+    channels_last: bool = False
+    """Lay out grids with the channels next to each other (torch.channels_last_3d): meant for GPUs, no faster on the CPUs
+    that were measured. Weights stay as they are: engines and checkpoints take them as flat runs of numbers."""
+    compile: bool = False
+    """Compile the networks with torch.compile; needs a C++ compiler (CPU) or Triton (GPU)."""
     max_nonfinite: Count = 10
     """Steps in a row with a non-finite loss or gradient, skipped on all ranks together, before the run stops."""
     log_every: Count = 10
@@ -275,6 +366,12 @@ class TrainConfig(Section):
     """A step, or a pass over the validation split, that takes longer ends the job; every rank tells where it stands."""
     stop_after_step: Count | None = None
     """Stop with a checkpoint after this step, as at an interruption; a later start resumes from there."""
+
+    @model_validator(mode="after")
+    def _vae_is_there(self) -> Self:
+        if self.objective == "unet" and self.init_from is None:
+            raise ValueError("objective 'unet' trains on what a trained VAE decodes: set init_from to its bundle folder")
+        return self
 
 
 class EngineConfig(Section):
@@ -335,13 +432,24 @@ class RunConfig(Section):
         return self
 
     def check_halvings(self) -> None:
-        """Raise ConfigError for a cube that the networks, which halve it again and again, can't take."""
-        halvings = max(len(self.model.vae_widths), self.model.unet_levels - 1)
-        if self.grid.shape != "adaptive" and self.grid.shape % 2**halvings:
-            raise ConfigError(
-                f"grid.shape {self.grid.shape} must be a multiple of {2**halvings} "
-                f"for {len(self.model.vae_widths)} model.vae_widths and {self.model.unet_levels} model.unet_levels"
-            )
+        """Raise ConfigError for cells that the networks, which halve them again and again, can't take.
+
+        Windows and units have an outside, so that they are filled up to a size that can be halved.
+        """
+        grid, model, halvings = self.grid, self.model, max(self.model.halvings, self.model.unet_levels - 1)
+        told = f"for {model.halvings} halvings of model.vae_widths and {model.unet_levels} model.unet_levels"
+        if grid.frame != "cell":
+            if model.coarse is not None:
+                raise ConfigError(
+                    f"model.coarse {model.coarse} is for grid.frame 'cell', this is {grid.frame!r}: set it to null"
+                )
+        elif grid.shape == "adaptive":
+            if 2**halvings > ADAPTIVE_MULTIPLE:
+                raise ConfigError(
+                    f"grid.shape 'adaptive' gives multiples of {ADAPTIVE_MULTIPLE} voxels, {2**halvings} are needed {told}"
+                )
+        elif grid.shape % 2**halvings:
+            raise ConfigError(f"grid.shape {grid.shape} must be a multiple of {2**halvings} {told}")
 
     def to_yaml(self) -> str:
         """The resolved config as YAML that `load_config` reads back."""

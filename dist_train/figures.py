@@ -40,25 +40,25 @@ def png_bytes(figure: Figure) -> bytes:
 
 
 def slices(codec: Codec, crystals: Sequence[Crystal]) -> bytes:
-    """Rows: crystals. Columns: true and reconstructed occupancy, true and reconstructed species, in the plane through
-    the atom of the highest atomic number, spanned by a and b."""
-    fields = codec.fields(codec.encode(crystals))
-    channel = codec.model.grid.channels.index("occupancy")
+    """Rows: crystals. Columns: true and reconstructed density, true and reconstructed species, in the plane across the last
+    axis of the grid that holds the most of the highest atomic number."""
+    grids = [voxelize(crystal, codec.model.grid) for crystal in crystals]
+    fields = codec.fields(codec.encode(crystals), [grid.species_DHW.shape for grid in grids])
     columns = ("true density", "reconstructed density", "true species", "reconstructed species")
     figure = Figure(figsize=(10, 2.5 * len(crystals) + 0.3), layout="constrained")
     axes = figure.subplots(len(crystals), 4, squeeze=False)
     species_colours = matplotlib.colormaps["nipy_spectral"].with_extremes(under="white")
-    for row, crystal in enumerate(crystals):
-        grid = voxelize(crystal, codec.model.grid)
-        depth = grid.species_DHW.shape[2]
-        plane = round(crystal.frac_N3[crystal.numbers_N.argmax(), 2] * depth) % depth
-        decoded = np.where(fields.probability_BDHW[row] > 0.5, fields.species_BDHW[row], 0)
-        densities = (grid.density_CDHW[channel], fields.density_BCDHW[row, channel])
+    for row, (crystal, grid, field) in enumerate(zip(crystals, grids, fields, strict=True)):
+        heaviest = grid.species_DHW == grid.species_DHW.max()
+        plane = int(heaviest.sum((0, 1)).argmax())
+        decoded = np.where(field.probability_DHW > 0.5, field.species_DHW, 0)
+        densities = (grid.density_CDHW[codec.channel_place], field.density_CDHW[codec.channel_place])
+        highest = 1.0 if codec.channel == "occupancy" else densities[0].max()
         for column, values in enumerate((*densities, grid.species_DHW, decoded)):
             axis, is_density = axes[row, column], column < 2
             axis.imshow(
                 values[:, :, plane].T, origin="lower", interpolation="nearest", vmin=0 if is_density else 0.5,
-                vmax=1 if is_density else 100, cmap="magma" if is_density else species_colours,
+                vmax=highest if is_density else 100, cmap="magma" if is_density else species_colours,
             )  # fmt: skip
             axis.set_xticks([])
             axis.set_yticks([])
@@ -83,7 +83,8 @@ def loss_curves(spool: Path) -> bytes:
         for kind in ("train", "val"):
             if f"{kind}/{part}" in series:
                 axis.plot(*series[f"{kind}/{part}"], label=kind, marker="o" if kind == "val" else None, markersize=3)
-        axis.set_yscale("log")
+        if any(value > 0 for value in series[f"train/{part}"][1]):  # a part that isn't trained is 0
+            axis.set_yscale("log")
         axis.set_title(part, fontsize=10)
     accuracy = panels[len(parts)]
     for name in ("val/composition_exact", "val/count_exact"):

@@ -23,13 +23,18 @@ def refusal(*overrides: str) -> str:
     return str(caught.value)
 
 
+def said(resolved: Any, given: Any) -> bool:
+    """Whether all that is given is resolved as it stands there; other keys change what a preset stands for."""
+    if not isinstance(given, dict):
+        return bool(resolved == given)
+    return all(said(resolved[key], value) for key, value in given.items() if key != "preset")
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_shipped_run_files_load_and_say_what_they_set(path: Path) -> None:
-    config = load_config(path)
-    resolved = config.model_dump(mode="json")
+    resolved = load_config(path).model_dump(mode="json")
     for section, values in yaml.safe_load(path.read_text()).items():
-        for key, value in values.items() if isinstance(values, dict) else [(None, values)]:
-            assert (resolved[section][key] if key else resolved[section]) == value
+        assert said(resolved[section], values), section
 
 
 def test_run_files_are_shipped() -> None:
@@ -90,7 +95,7 @@ def test_overrides_read_yaml_values() -> None:
         ("train.epochs=many", "train.epochs = 'many': input should be a valid integer"),
         ("train.epochs=2.5", "train.epochs = 2.5: input should be a valid integer"),
         ("train.epochs=0", "train.epochs = 0: input should be greater than or equal to 1"),
-        ("train.precision=fp8", "train.precision = 'fp8': input should be 'bf16' or 'fp32'"),
+        ("train.precision=fp8", "train.precision = 'fp8': input should be 'bf16', 'fp16' or 'fp32'"),
         ("train.learning_rate=0", "train.learning_rate = 0: input should be greater than 0"),
         ("train.learning_rate=.nan", "train.learning_rate = nan: "),
         ("train.ema_decay=1", "train.ema_decay = 1: input should be less than 1"),
@@ -114,8 +119,32 @@ def test_refusals_name_the_key_the_value_and_the_remedy(override: str, message: 
 
 def test_a_cube_that_the_networks_cant_halve_is_for_voxelising_alone() -> None:
     load_config(None, ("grid.shape=32",)).check_halvings()
-    with pytest.raises(ConfigError, match=r"grid\.shape 30 must be a multiple of 4 for 2 model\.vae_widths and 3 model\."):
-        load_config(None, ("grid.preset=paper-unit",)).check_halvings()
+    with pytest.raises(
+        ConfigError, match=r"grid\.shape 30 must be a multiple of 4 for 2 halvings of model\.vae_widths and 3 "
+    ):
+        load_config(None, ("grid.shape=30",)).check_halvings()
+
+
+def test_boxes_are_filled_up_and_have_no_coarse_grid_of_their_own() -> None:
+    load_config(None, ("grid.preset=paper-unit", "model.preset=paper")).check_halvings()
+    with pytest.raises(ConfigError, match=r"model\.coarse 4 is for .*: set it to null"):
+        load_config(None, ("grid.preset=paper-unit", "model.coarse=4")).check_halvings()
+
+
+def test_adaptive_grids_can_be_halved_three_times() -> None:
+    load_config(None, ("grid.shape=adaptive", "model.unet_levels=4")).check_halvings()
+    for deep in ("model.unet_levels=5", "model.vae_widths=[1, 2, 3, 4]"):
+        with pytest.raises(ConfigError, match="'adaptive' gives multiples of 8 voxels, 16 are needed"):
+            load_config(None, ("grid.shape=adaptive", deep)).check_halvings()
+
+
+def test_model_presets_can_be_changed() -> None:
+    model = load_config(None, ("model.preset=paper", "model.latent=7")).model
+    assert (model.latent, model.unet_width, model.blocks) == (7, 64, "paper")
+    assert "known are cell-tiny, cell-small, cell-base, cell-large, paper" in refusal("model.preset=huge")
+    assert "norm_groups 3 must divide all of vae_widths [32, 64] and unet_width 8" in refusal("model.norm_groups=3")
+    assert "vae_halvings 3 is more than the 2 vae_widths" in refusal("model.vae_halvings=3")
+    assert load_config(None, ("model.preset=cell-small",)).model == load_config().model
 
 
 @pytest.mark.parametrize(

@@ -174,12 +174,12 @@ class DeepSpeedEngine(Engine):
             moments = (safe_get_local_optimizer_state(parameter, key) for key in MOMENTS)
             yield Piece(name, start, *(t.narrow(0, 0, size) for t in (weight, *moments)))
 
-    def step(self, parts: Sequence[Part], learning_rate: float) -> StepResult:
+    def step(self, parts: Sequence[Part], learning_rate: float, kl_weight: float) -> StepResult:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         sums: list[Tensor] = []
         for batch, noise in parts:
-            loss, named = self.engine(batch.to(self.device), noise)
+            loss, named = self.engine(batch, noise, kl_weight)
             self.engine.backward(loss / len(parts), scale_wrt_gas=False)
             sums.append(torch.stack([loss.detach(), *named.values()]) / len(parts))
         scale = self._scale()

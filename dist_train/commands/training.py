@@ -10,10 +10,12 @@ import os
 import re
 import subprocess
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from dist_train import __version__
@@ -23,13 +25,12 @@ from dist_train.errors import CheckpointError, ConfigError, DistTrainError, Inte
 from dist_train.figures import loss_curves, slices
 from dist_train.files import write_text
 from dist_train.generate import encode
-from dist_train.models.autoencoder import CrystalAutoencoder, Statistics, check_grid
-from dist_train.models.export import read_bundle, write_bundle
+from dist_train.models.autoencoder import CrystalAutoencoder, Statistics, cell_numbers, check_grid
+from dist_train.models.export import read_bundle, start_from, write_bundle
 from dist_train.models.reconstruct import Codec
-from dist_train.shards.batches import collate
 from dist_train.shards.index import Index
 from dist_train.shards.prefetch import check_room
-from dist_train.shards.reader import ShardReader, check_shards
+from dist_train.shards.reader import Record, ShardReader, check_shards
 from dist_train.training.checkpoint import Checkpoints, load, read_state
 from dist_train.training.engine import Engine, TorchEngine, check_batch
 from dist_train.training.loop import batch_plan, fit
@@ -220,22 +221,36 @@ def _engine(config: RunConfig, model: CrystalAutoencoder) -> Engine:
 
 
 def build_model(config: RunConfig, index: Index, reader: ShardReader) -> CrystalAutoencoder:
-    """A fresh model for the elements and the statistics of the training split; equal on every rank."""
-    batch = collate([reader[place] for place in range(min(len(reader), STATISTICS_SAMPLES))])
-    density = batch.density_BCDHW.float()
-    log_count = batch.composition_BZ.sum(1).log()
-
-    channel_std = density.std((0, 2, 3, 4))
-    statistics = Statistics(
-        channel_mean=tuple(density.mean((0, 2, 3, 4)).tolist()),
-        channel_std=tuple(torch.where(channel_std < 1e-5, 1.0, channel_std).tolist()),  # 1 for a channel that is empty
-        cell_mean=tuple(batch.cell_B6.mean(0).tolist()),
-        cell_std=tuple(batch.cell_B6.std(0).clamp(min=MIN_CELL_STD).tolist()),
-        count_mean=float(log_count.mean()),
-        count_std=float(log_count.std().clamp(min=MIN_CELL_STD)),
-    )
+    """The model of a new run, for the elements and the statistics of the training split; equal on every rank."""
+    elements = index.elements("train")
+    if config.train.init_from is not None:
+        return start_from(config.train.init_from, config.grid, config.model, elements)
+    statistics = training_statistics(reader[place] for place in range(min(len(reader), STATISTICS_SAMPLES)))
     torch.manual_seed(config.seed)
-    return CrystalAutoencoder(config.grid, config.model, index.elements("train"), statistics)
+    return CrystalAutoencoder(config.grid, config.model, elements, statistics)
+
+
+def training_statistics(records: Iterable[Record]) -> Statistics:
+    """Mean and standard deviation over all voxels and over all crystals; one pass, as adaptive grids of a batch's size are
+    larger than all the memory that training takes."""
+    cells, log_counts, sums = [], [], []
+    for record in records:
+        values = record.density_CDHW.reshape(len(record.density_CDHW), -1).astype(np.float64)
+        sums.append((np.full(len(values), values.shape[1]), values.sum(1), (values**2).sum(1)))
+        cells.append(record.crystal.lengths_angles)
+        log_counts.append(np.log(len(record.crystal)))
+    voxels, total, squares = np.sum(sums, axis=0)
+    mean = total / voxels
+    std = np.sqrt(np.maximum(squares / voxels - mean**2, 0.0))
+    cell = cell_numbers(np.stack(cells)).astype(np.float64)
+    return Statistics(
+        channel_mean=tuple(mean.tolist()),
+        channel_std=tuple(np.where(std < 1e-5, 1.0, std).tolist()),  # 1 for a channel that is empty
+        cell_mean=tuple(cell.mean(0).tolist()),
+        cell_std=tuple(cell.std(0).clip(min=MIN_CELL_STD).tolist()),
+        count_mean=float(np.mean(log_counts)),
+        count_std=float(np.std(log_counts).clip(min=MIN_CELL_STD)),
+    )
 
 
 def _first_state(config: RunConfig, index: Index, engine: Engine, checkpoints: Checkpoints) -> TrainState:

@@ -15,13 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from dist_train.config import GridSpec
+from dist_train.config import ADAPTIVE_MULTIPLE, GridSpec
 from dist_train.crystal.elements import SYMBOLS
 from dist_train.crystal.lattice import compact_lattice, shortest_distances
 from dist_train.crystal.structure import Crystal, wrap
 from dist_train.errors import CrystalError
-
-ADAPTIVE_MULTIPLE = 8
 
 
 def grid_shape(lattice_A: NDArray[np.float64], spec: GridSpec) -> tuple[int, int, int]:

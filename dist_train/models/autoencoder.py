@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,12 +13,15 @@ from torch.nn.functional import softplus
 from dist_train.config import GridSpec, ModelConfig
 from dist_train.crystal.elements import MAX_Z
 from dist_train.crystal.structure import Crystal
-from dist_train.crystal.voxelize import n_channels
+from dist_train.crystal.voxelize import Shape, n_channels
 from dist_train.errors import ModelError
+from dist_train.models.blocks import Style
 from dist_train.models.unet import AttentionUNet
 from dist_train.models.vae import Decoder, Decoding, Encoder, Latent
 
 GATE_SHARPNESS, GATE_FLOOR = 8.0, 0.002
+USUAL_EDGE = 32
+"""Edge in voxels of the cube whose coarse grid a model of adaptive grids has."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,12 @@ class CrystalBatch(NamedTuple):
         """Crystals, damaged ones included."""
         return len(self.weight_B)
 
+    @property
+    def shape(self) -> Shape:
+        """Voxels of the grids along the three axes."""
+        _, d, h, w = self.species_BDHW.shape
+        return d, h, w
+
     def rows(self, part: slice) -> CrystalBatch:
         """Some of the crystals."""
         return CrystalBatch(*(tensor[part] for tensor in self))
@@ -64,7 +73,7 @@ class CrystalBatch(NamedTuple):
 class CrystalAutoencoder(nn.Module):
     """The VAE, the U-Net and the numbers that standardise what goes in.
 
-    Raises ModelError for a grid of adaptive shape (a global latent needs one shape) or for no elements.
+    Raises ModelError for a grid without a channel that atoms can be decoded from, or for no elements.
     """
 
     prior_mean: Tensor
@@ -72,35 +81,40 @@ class CrystalAutoencoder(nn.Module):
 
     def __init__(self, grid: GridSpec, model: ModelConfig, elements: tuple[int, ...], statistics: Statistics) -> None:
         super().__init__()
-        edge = check_grid(grid)
+        check_grid(grid)
         if not elements:
             raise ModelError("no elements to tell apart: the training split is empty")
         self.grid, self.model, self.elements, self.statistics = grid, model, elements, statistics
-        shape = (edge, edge, edge)
-        channels = n_channels(grid)
-        self.encoder = Encoder(channels, shape, model.vae_widths, model.latent)
-        self.decoder = Decoder(channels, shape, model.vae_widths, model.latent, len(elements))
-        self.unet = AttentionUNet(channels, 1 + len(elements), model.unet_width, model.unet_levels)
+        style = Style(grid.frame == "cell", model.blocks == "paper", model.norm_groups)
+        channels, edge = n_channels(grid), USUAL_EDGE if grid.shape == "adaptive" else grid.shape
+        coarse = model.coarse or -(-edge // 2**model.halvings)
+        self.encoder = Encoder(channels, coarse, model, style)
+        self.decoder = Decoder(channels, coarse, model, len(elements), style)
+        self.unet = AttentionUNet(channels, 1 + len(elements), model.unet_width, model.unet_levels, style)
         # The Gaussian of the training crystals' latents, fitted after training: N(0, I) is a poor prior (see generate).
         self.register_buffer("prior_mean", torch.zeros(model.latent))
         self.register_buffer("prior_cholesky", torch.eye(model.latent))
 
     def encode(self, density_BCDHW: Tensor, cell_B6: Tensor) -> Latent:
-        """Posterior of standardised inputs."""
+        """Posterior of standardised inputs; the grids may have any shape that `RunConfig.check_halvings` takes."""
         latent: Latent = self.encoder(density_BCDHW, cell_B6)
         return latent
 
-    def decode(self, latent: Tensor) -> Decoding:
-        """Standardised outputs of latents [B, latent]."""
-        decoding: Decoding = self.decoder(latent)
+    def decode(self, latent: Tensor, shape: Shape | None = None) -> Decoding:
+        """Standardised outputs of latents [B, latent] on grids of a shape; None: the cube of a grid that isn't adaptive."""
+        if shape is None:
+            assert self.grid.shape != "adaptive"
+            shape = (self.grid.shape,) * 3
+        decoding: Decoding = self.decoder(latent, shape)
         return decoding
 
     def segment(self, decoding: Decoding) -> Tensor:
         """[B, 1 + E, D, H, W] logits of 'no atom' and of each element, gated by the decoded composition."""
         features = self.unet(decoding.density_BCDHW).movedim(1, -1)
         logits = self.unet.classify(features)
-        gate = composition_gate(decoding.composition_BE)
-        return (logits + gate[:, None, None, None]).movedim(-1, 1)
+        if self.model.gate:
+            logits = logits + composition_gate(decoding.composition_BE)[:, None, None, None]
+        return logits.movedim(-1, 1)
 
     def config(self) -> dict[str, Any]:
         """Everything but the weights, ready for JSON; `from_config` rebuilds the module from it."""
@@ -125,15 +139,17 @@ class CrystalAutoencoder(nn.Module):
         )
 
 
-def check_grid(grid: GridSpec) -> int:
-    """Voxels along every axis. Raises ModelError for a grid that the networks can't be trained on."""
-    if grid.frame != "cell":
-        raise ModelError(f"grid.frame {grid.frame!r} can't be trained on: the networks are periodic; set it to 'cell'")
-    if grid.shape == "adaptive":
-        raise ModelError("grid.shape 'adaptive' can't be trained on: the latent needs one shape; set a number")
-    if "occupancy" not in grid.channels:
-        raise ModelError(f"grid.channels {list(grid.channels)} lack 'occupancy', which atoms are decoded from; add it")
-    return grid.shape
+def check_grid(grid: GridSpec) -> tuple[Literal["occupancy", "z_density"], int]:
+    """The kind of channel that atoms are decoded from, and its place among the channels.
+
+    Raises ModelError where the grid has none, so that no crystal could be made of what a model says.
+    """
+    kind = next((kind for kind in ("occupancy", "z_density") if kind in grid.channels), None)
+    if kind is None:
+        told = "lack 'occupancy' or 'z_density', which atoms are decoded from; add one"
+        raise ModelError(f"grid.channels {list(grid.channels)} {told}")
+    before = grid.channels[: grid.channels.index(kind)]
+    return kind, n_channels(grid.model_copy(update={"channels": before})) if before else 0
 
 
 def composition_gate(composition_BE: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dist_train import __version__
+from dist_train.config import GridSpec, ModelConfig
 from dist_train.errors import ModelError
 from dist_train.files import fsync, sha256
 from dist_train.models.autoencoder import CrystalAutoencoder
@@ -56,6 +57,21 @@ def read_bundle(folder: Path) -> tuple[CrystalAutoencoder, dict[str, Any]]:
         model = CrystalAutoencoder.from_config(config)
     model.load_state_dict(load_file(folder / WEIGHTS_NAME))
     return model.eval(), config
+
+
+def start_from(folder: Path, grid: GridSpec, model: ModelConfig, elements: tuple[int, ...]) -> CrystalAutoencoder:
+    """The model of a bundle, standardisation included, for a new run. Raises ModelError where it isn't of the run's kind."""
+    found = read_bundle(folder)[0]
+    for name, there, here in (
+        ("grid", found.grid.model_dump(mode="json"), grid.model_dump(mode="json")),
+        ("model", found.model.model_dump(mode="json"), model.model_dump(mode="json")),
+        ("elements", {"of the training split": found.elements}, {"of the training split": elements}),
+    ):
+        differing = [key for key in here if there[key] != here[key]]
+        if differing:
+            told = "; ".join(f"{key} is {there[key]} there, {here[key]} here" for key in differing)
+            raise ModelError(f"train.init_from {folder} has another {name}: {told}; name another bundle or change {name}")
+    return found.train()
 
 
 def _check_sums(folder: Path) -> None:

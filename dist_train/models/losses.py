@@ -1,4 +1,8 @@
-"""The parts of the training loss. Inputs may be bf16; every loss is computed and returned in float32."""
+"""The parts of the training loss, for each crystal. Inputs may be bf16; every loss is computed and returned in float32.
+
+A part is the sum of weight times the crystal's own loss, over the number of crystals: a mean, so that the mean over equal
+parts of a batch (ranks, micro-batches) is that of the whole. A crystal of weight 0 counts as a crystal without any loss.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,20 @@ from torch.nn.functional import cross_entropy
 from dist_train.models.vae import Latent
 
 
+def weighted_mean(own_B: Tensor, weight_B: Tensor) -> Tensor:
+    """Sum of weight times own loss, over the number of crystals."""
+    return (own_B * weight_B).sum() / len(own_B)
+
+
 def gaussian_kl(latent: Latent) -> Tensor:
-    """KL(q || N(0, I)) in nats, mean over crystals (Kingma and Welling 2014, appendix B)."""
+    """[B, latent] KL(q || N(0, I)) in nats of each dimension (Kingma and Welling 2014, appendix B)."""
     mean, log_variance = latent.mean.float(), latent.log_variance.float()
-    return 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).sum(1).mean()
+    return 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance)
 
 
 def squared_error(predicted: Tensor, true: Tensor) -> Tensor:
-    """Mean squared error; relative to predicting the mean where `true` is standardised."""
-    return (predicted.float() - true.float()).square().mean()
+    """[B] mean squared error of each crystal; relative to predicting the mean where `true` is standardised."""
+    return (predicted.float() - true.float()).square().flatten(1).mean(1)
 
 
 def species_voxels(species_BDHW: Tensor, background_ratio: float, uniform_BDHW: Tensor) -> Tensor:
@@ -30,14 +39,9 @@ def species_voxels(species_BDHW: Tensor, background_ratio: float, uniform_BDHW: 
     return foreground | (uniform_BDHW < background_ratio * share / (1.0 - share).clamp(min=1e-6))
 
 
-def species_cross_entropy(logits_NK: Tensor, classes_N: Tensor, crystal_N: Tensor) -> Tensor:
-    """Cross entropy in nats: mean over each crystal's voxels, then over crystals; integer labels, no one-hot targets.
-
-    crystal_N: the crystal of each voxel, rising. Every crystal counts alike, so the mean over ranks is that of the batch.
-    """
-    voxels = torch.bincount(crystal_N)
-    weights = 1.0 / (voxels * (voxels > 0).sum()).float()
-    return (cross_entropy(logits_NK.float(), classes_N, reduction="none") * weights[crystal_N]).sum()
+def species_cross_entropy(logits_NK: Tensor, classes_N: Tensor, voxel_weight_N: Tensor) -> Tensor:
+    """Weighted sum of the voxels' cross entropies in nats; integer labels, no one-hot targets."""
+    return (cross_entropy(logits_NK.float(), classes_N, reduction="none") * voxel_weight_N).sum()
 
 
 def reparameterise(latent: Latent, noise: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The joint objective: VAE and U-Net trained together, as Hoffmann et al. (2019) do, on element-coded channels."""
+"""The objectives: VAE and U-Net trained together, as Hoffmann et al. (2019) do, or one of them alone."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.config import LossWeights, TrainConfig
+from dist_train.crystal.voxelize import Shape
+from dist_train.errors import ConfigError
 from dist_train.models.autoencoder import CrystalAutoencoder, CrystalBatch, Standardiser, composition_gate
 from dist_train.models.losses import (
     gaussian_kl,
@@ -16,11 +18,12 @@ from dist_train.models.losses import (
     species_cross_entropy,
     species_voxels,
     squared_error,
+    weighted_mean,
 )
 from dist_train.models.vae import Decoding
 
 PARTS = ("density", "species", "kl", "lattice", "count", "composition")
-"""Names of the loss parts; `LossWeights` has a weight for each."""
+"""Names of the loss parts; `LossWeights` has a weight for each. Every objective reports all of them."""
 
 
 @dataclass(frozen=True)
@@ -36,62 +39,141 @@ class Noise:
 
 
 def step_noise(
-    seed: int, step: int, positions: Sequence[int], share: float, latent: int, shape: int, device: torch.device
+    seed: int, step: int, positions: Sequence[int], share: float, latent: int, shape: Shape, device: torch.device
 ) -> Noise:
-    """Noise of the crystals at some positions of a step's global batch.
+    """Noise of the crystals at some positions of a step's global batch, all on grids of one shape.
 
     Each crystal's numbers are a pure function of (seed, step, position): resuming repeats them, and neither they nor the
     choice of the crystals that the U-Net sees depend on the number of ranks. Drawn on the CPU, so that every device sees
-    the same. share: of the crystals that the U-Net sees, evenly spread; share * len(positions) is a whole number.
+    the same. share: of the crystals that the U-Net sees (see `Objective.share`), evenly spread; share * len(positions) is a
+    whole number.
     """
     generator = torch.Generator()
     size, seen = len(positions), round(share * len(positions))
     chosen = [place for place in range(size) if (place + 1) * seen // size > place * seen // size]
-    latents, voxels = [], []
+    latents, voxels = torch.empty(size, latent), torch.empty(seen, *shape)
     for place, position in enumerate(positions):
         generator.manual_seed(((seed * 1_000_003 + step) * 1_000_003 + position) % 2**63)
-        latents.append(torch.randn(latent, generator=generator))
+        torch.randn(latent, generator=generator, out=latents[place])
         if place in chosen:
-            voxels.append(torch.rand(shape, shape, shape, generator=generator))
-    return Noise(torch.stack(latents).to(device), torch.tensor(chosen, device=device), torch.stack(voxels).to(device))
+            torch.rand(shape, generator=generator, out=voxels[chosen.index(place)])
+    return Noise(latents.to(device), torch.tensor(chosen, dtype=torch.int64, device=device), voxels.to(device))
 
 
-class JointObjective(nn.Module):
-    """Model and loss in one module, so that an engine wraps a single `forward(batch, noise) -> (loss, parts)`.
+class Objective(nn.Module):
+    """Model and loss in one module, so that an engine wraps a single `forward(batch, noise, kl_weight) -> (loss, parts)`.
 
-    The U-Net, which costs most, sees a share of the crystals only; their order is random.
+    joint: the U-Net is trained on what the VAE decodes, and its loss reaches the VAE. It costs most, and sees a share of the
+    crystals only; their order is random. vae: the U-Net doesn't run; the part `species` is 0. unet: all parts are
+    reported, only `species` is trained, and there is no graph through the VAE. What an objective doesn't train is frozen
+    (requires_grad is False), as engines of several ranks wait for a gradient of every parameter that isn't.
     """
 
     def __init__(self, model: CrystalAutoencoder, train: TrainConfig, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self.model = model
+        self.kind = train.objective
         self.weights: LossWeights = train.loss
         self.background_ratio = train.background_ratio
+        self.share = 0.0 if self.kind == "vae" else train.unet_share
+        """Share of the crystals that the U-Net sees in a step of training."""
         self.scale = Standardiser(model, device, dtype)
+        self.channels_last = train.channels_last
+        for network in self.frozen():
+            network.requires_grad_(False)
 
-    def forward(self, batch: CrystalBatch, noise: Noise) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted loss (float32 scalar) and its unweighted parts, detached."""
-        density, cell = self.scale.density(batch.density_BCDHW), self.scale.cell(batch.cell_B6)
-        posterior = self.model.encode(density, cell)
-        decoding = self.model.decode(reparameterise(posterior, noise.latent_BL.to(density.dtype)))
-        composition = batch.composition_BZ[:, self.scale.elements].float()
-        log_count = (batch.composition_BZ.sum(1).log() - self.scale.count_mean) / self.scale.count_std
+    def frozen(self) -> list[nn.Module]:
+        """The networks that are not trained."""
+        model = self.model
+        if self.kind == "joint":
+            return []
+        return [model.unet] if self.kind == "vae" else [model.encoder, model.decoder]
+
+    def train(self, mode: bool = True) -> Objective:
+        """Networks that are not trained stay in evaluation mode."""
+        super().train(mode)
+        for network in self.frozen():
+            network.eval()
+        return self
+
+    def forward(
+        self, batch: CrystalBatch, noise: Noise, kl_weight: float | Tensor = 1.0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted loss (float32 scalar) and its unweighted parts, detached.
+
+        kl_weight: multiplies the weight of the KL divergence (see `kl_warmup`). With free bits, the loss holds
+        max(KL, free_bits) of each crystal and latent dimension, and the part `kl` the true divergence: maxima of means over
+        the batch would not add up over ranks.
+        """
+        density, cell, weight = self.scale.density(batch.density_BCDHW), self.scale.cell(batch.cell_B6), batch.weight_B
+        if self.channels_last:
+            density = density.contiguous(memory_format=torch.channels_last_3d)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.kind != "unet"):
+            posterior = self.model.encode(density, cell)
+            decoding = self.model.decode(reparameterise(posterior, noise.latent_BL.to(density.dtype)), batch.shape)
+        kl_BL = gaussian_kl(posterior)
+        composition, log_count = self._counts(batch)
         parts = {
-            "density": squared_error(decoding.density_BCDHW, density),
-            "species": self._species(decoding, batch.species_BDHW, noise),
-            "kl": gaussian_kl(posterior),
-            "lattice": squared_error(decoding.cell_B6, cell),
-            "count": squared_error(decoding.log_count_B, log_count),
-            "composition": (decoding.composition_BE.float() - composition).square().sum(1).mean(),
+            "density": weighted_mean(squared_error(decoding.density_BCDHW, density), weight),
+            "species": kl_BL.new_zeros(()) if self.kind == "vae" else self._species(decoding, batch, noise),
+            "kl": weighted_mean(kl_BL.sum(1), weight),
+            "lattice": weighted_mean(squared_error(decoding.cell_B6, cell), weight),
+            "count": weighted_mean(squared_error(decoding.log_count_B[:, None], log_count[:, None]), weight),
+            "composition": weighted_mean((decoding.composition_BE.float() - composition).square().sum(1), weight),
         }
-        loss = torch.stack([getattr(self.weights, name) * part for name, part in parts.items()]).sum()
+        paid = {**parts, "kl": weighted_mean(kl_BL.clamp(min=self.weights.free_bits).sum(1), weight) * kl_weight}
+        trained = ("species",) if self.kind == "unet" else PARTS
+        loss = torch.stack([getattr(self.weights, name) * paid[name] for name in trained]).sum()
         return loss, {name: part.detach() for name, part in parts.items()}
 
-    def _species(self, decoding: Decoding, species_BDHW: Tensor, noise: Noise) -> Tensor:
-        species = species_BDHW[noise.seen_b]
+    def _counts(self, batch: CrystalBatch) -> tuple[Tensor, Tensor]:
+        """Atoms of each of the model's elements [B, E], and standardised logarithm of the number of atoms [B]."""
+        # No crystal is empty but in place of a damaged one: its logarithm would be infinite, and 0 times that not a number.
+        atoms = batch.composition_BZ.sum(1).clamp(min=1.0)
+        return batch.composition_BZ[:, self.scale.elements].float(), (
+            atoms.log() - self.scale.count_mean
+        ) / self.scale.count_std
+
+    def _species(self, decoding: Decoding, batch: CrystalBatch, noise: Noise) -> Tensor:
+        """Mean over each crystal's voxels, then over the crystals that the U-Net sees: all of these count alike."""
+        species = batch.species_BDHW[noise.seen_b]
         mask = species_voxels(species, self.background_ratio, noise.voxels_bDHW)
         features = self.model.unet(decoding.density_BCDHW[noise.seen_b]).movedim(1, -1)[mask]
-        gate = composition_gate(decoding.composition_BE[noise.seen_b].float())
         crystal_of_voxel = mask.nonzero()[:, 0]
-        logits = self.model.unet.classify(features).float() + gate[crystal_of_voxel]
-        return species_cross_entropy(logits, self.scale.class_of_z[species[mask].long()], crystal_of_voxel)
+        logits = self.model.unet.classify(features).float()
+        if self.model.model.gate:
+            logits = logits + composition_gate(decoding.composition_BE[noise.seen_b].float())[crystal_of_voxel]
+        voxel_weight = batch.weight_B[noise.seen_b] / mask.sum((1, 2, 3)).clamp(min=1) / len(species)
+        return species_cross_entropy(logits, self.scale.class_of_z[species[mask].long()], voxel_weight[crystal_of_voxel])
+
+
+def prepare(objective: Objective, train: TrainConfig) -> Objective:
+    """Turn on what makes steps faster or smaller and changes no result but by rounding; names of parameters stay.
+
+    Before the weights are handed to an engine. Raises ConfigError where torch.compile finds no compiler.
+    """
+    model = objective.model
+    networks = (model.encoder, model.decoder, model.unet)
+    for network in networks:
+        network.recompute = train.activation_checkpointing
+    if train.compile:
+        if model.grid.shape == "adaptive":
+            # Each of dozens of shapes would be compiled anew: one graph for all of them fails inside torch 2.13.
+            raise ConfigError(
+                "train.compile needs grids of one shape, grid.shape is 'adaptive'; give a number or set train.compile=false"
+            )
+        _check_compiler(next(model.parameters()).device)
+        for network in networks:
+            network.compile(dynamic=False)
+    return objective
+
+
+def _check_compiler(device: torch.device) -> None:
+    """Compile something tiny now: torch.compile finds out at the first step only."""
+    try:
+        torch.compile(lambda x: x.sin() + 1.0)(torch.ones(8, device=device))
+    except RuntimeError as error:
+        raise ConfigError(
+            f"train.compile finds no working compiler: {str(error).strip().splitlines()[0]}; install one (a C++ compiler "
+            "for CPUs, Triton for GPUs) or set train.compile=false"
+        ) from None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,23 +11,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_train.crystal.decode import Decoded, decode
+from dist_train.crystal.decode_box import decode_box
+from dist_train.crystal.frames import grid_shape
 from dist_train.crystal.lattice import from_lengths_angles
 from dist_train.crystal.structure import Crystal
-from dist_train.crystal.voxelize import voxelize
-from dist_train.models.autoencoder import CrystalAutoencoder, Standardiser, cell_numbers, cell_parameters
+from dist_train.crystal.voxelize import Shape, voxelize
+from dist_train.errors import CrystalError
+from dist_train.models.autoencoder import CrystalAutoencoder, Standardiser, cell_numbers, cell_parameters, check_grid
+
+NO_LATTICE = "a unit shows the atoms of a cell, but not how the cell lies around them: no crystal can be made of it"
 
 
 @dataclass(frozen=True)
 class Fields:
-    """What the networks say of B crystals, in physical units.
+    """What the networks say of one crystal, in physical units.
 
-    density_BCDHW; species_BDHW: most probable element of each voxel; probability_BDHW: of any atom; parameters_B6: cell.
+    density_CDHW; species_DHW: most probable element of each voxel; probability_DHW: of any atom; parameters_6: cell.
     """
 
-    density_BCDHW: NDArray[np.float32]
-    species_BDHW: NDArray[np.uint8]
-    probability_BDHW: NDArray[np.float32]
-    parameters_B6: NDArray[np.float64]
+    density_CDHW: NDArray[np.float32]
+    species_DHW: NDArray[np.uint8]
+    probability_DHW: NDArray[np.float32]
+    parameters_6: NDArray[np.float64]
 
 
 class Codec:
@@ -38,14 +43,26 @@ class Codec:
         self.device = device or parameter.device
         self.model = model.to(self.device).eval()
         self.scale = Standardiser(model, self.device, parameter.dtype)
+        self.channel, self.channel_place = check_grid(model.grid)
         self._atomic_number = torch.tensor((0, *model.elements), dtype=torch.uint8, device=self.device)
 
     @torch.inference_mode()
     def encode(self, crystals: Sequence[Crystal]) -> Tensor:
         """[B, latent] posterior means (float32). Raises CrystalError for a crystal that the grid can't hold."""
-        density = np.stack([voxelize(crystal, self.model.grid).density_CDHW for crystal in crystals])
-        cell = cell_numbers(np.stack([crystal.lengths_angles for crystal in crystals]))
-        return self.latents(torch.from_numpy(density), torch.from_numpy(cell))
+        grids = [voxelize(self._centred(crystal), self.model.grid).density_CDHW for crystal in crystals]
+        cell = torch.from_numpy(cell_numbers(np.stack([crystal.lengths_angles for crystal in crystals])))
+        means = torch.empty(len(crystals), self.model.model.latent, device=self.device)
+        for places in _of_one([grid.shape for grid in grids]):
+            density = torch.from_numpy(np.stack([grids[place] for place in places]))
+            means[places] = self.latents(density, cell[places])
+        return means
+
+    def _centred(self, crystal: Crystal) -> Crystal:
+        """The crystal; for a unit with its atoms in the middle of the cube, where `frames.placed` has them."""
+        if self.model.grid.frame != "unit":
+            return crystal
+        away = self.model.grid.box_A / 2 - crystal.cart_N3.mean(0)
+        return replace(crystal, frac_N3=crystal.frac_N3 + away @ np.linalg.inv(crystal.lattice_A))
 
     @torch.inference_mode()
     def latents(self, density_BCDHW: Tensor, cell_B6: Tensor) -> Tensor:
@@ -54,13 +71,27 @@ class Codec:
         return self.model.encode(density, self.scale.cell(cell_B6.to(self.device))).mean.float()
 
     @torch.inference_mode()
-    def fields(self, latent_BL: Tensor) -> Fields:
-        """The networks' outputs for latents."""
-        decoding = self.model.decode(latent_BL.to(self.device, self.scale.dtype))
+    def parameters(self, latent_BL: Tensor) -> NDArray[np.float64]:
+        """[B, 6] cell parameters, angstrom and degrees; those of no cell at all are possible."""
+        cell_B6, _ = self.model.decoder.numbers(latent_BL.to(self.device, self.scale.dtype))
+        return cell_parameters(self.scale.physical_cell(cell_B6).cpu().numpy())
+
+    @torch.inference_mode()
+    def fields(self, latent_BL: Tensor, shapes: Sequence[Shape]) -> list[Fields]:
+        """The networks' outputs for latents, each on a grid of its own shape."""
+        found: dict[int, Fields] = {}
+        for places in _of_one(shapes):
+            fields = self._fields(latent_BL[places].to(self.device, self.scale.dtype), shapes[places[0]])
+            found.update(zip(places, fields, strict=True))
+        return [found[place] for place in range(len(shapes))]
+
+    def _fields(self, latent_BL: Tensor, shape: Shape) -> Iterable[Fields]:
+        decoding = self.model.decode(latent_BL, shape)
         logits = self.model.segment(decoding).float()
         species = self._atomic_number[logits[:, 1:].argmax(1) + 1]
         probability = 1.0 - torch.softmax(logits, 1)[:, 0]
-        return Fields(
+        return map(
+            Fields,
             self.scale.physical_density(decoding.density_BCDHW).cpu().numpy(),
             species.cpu().numpy(),
             probability.cpu().numpy(),
@@ -68,21 +99,41 @@ class Codec:
         )
 
     def crystals(self, latent_BL: Tensor, ids: Sequence[str]) -> list[Decoded]:
-        """A decoded crystal, or the reason that there is none, for each latent."""
-        return self.decode_fields(self.fields(latent_BL), ids)
+        """A decoded crystal, or the reason that there is none, for each latent.
 
-    def decode_fields(self, fields: Fields, ids: Sequence[str]) -> list[Decoded]:
-        """The crystals in fields."""
+        The shape of an adaptive grid follows from the decoded lattice, and crystals of one shape are decoded together.
+        """
+        shapes = [self._shape(parameters) for parameters in self.parameters(latent_BL)]
+        possible = [place for place, shape in enumerate(shapes) if not isinstance(shape, str)]
+        fields = iter(self.fields(latent_BL[possible], [shape for shape in shapes if not isinstance(shape, str)]))
+        return [
+            Decoded(None, np.zeros(0), shape) if isinstance(shape, str) else self.decode_fields(id, next(fields))
+            for id, shape in zip(ids, shapes, strict=True)
+        ]
+
+    def _shape(self, parameters_6: NDArray[np.float64]) -> Shape | str:
+        """Of the grid that a crystal with these cell parameters has, or why there is none."""
         spec = self.model.grid
-        occupancy = spec.channels.index("occupancy")
-        found = []
-        for id, density, species, probability, parameters in zip(
-            ids, fields.density_BCDHW, fields.species_BDHW, fields.probability_BDHW, fields.parameters_B6, strict=True
-        ):
+        if spec.frame == "cell":
             try:
-                lattice = from_lengths_angles(parameters)
-            except ValueError as error:
-                found.append(Decoded(None, np.zeros(0), str(error)))
-                continue
-            found.append(decode(id, density[occupancy], species, probability, lattice, spec))
-        return found
+                lattice = from_lengths_angles(parameters_6)
+                return grid_shape(lattice, spec) if spec.shape == "adaptive" else (spec.shape,) * 3
+            except (ValueError, CrystalError) as error:
+                return str(error)
+        assert spec.shape != "adaptive"
+        return (spec.shape,) * 3
+
+    def decode_fields(self, id: str, fields: Fields) -> Decoded:
+        """The crystal in fields."""
+        spec, channel = self.model.grid, self.channel
+        images = (fields.density_CDHW[self.channel_place], fields.species_DHW, fields.probability_DHW)
+        if spec.frame == "cell":
+            return decode(id, *images, from_lengths_angles(fields.parameters_6), spec, channel)
+        found = decode_box(id, *images, spec, channel)
+        return replace(found, reason=NO_LATTICE) if spec.frame == "unit" and not found.reason else found
+
+
+def _of_one(shapes: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
+    """The places of each shape, in order."""
+    for shape in dict.fromkeys(shapes):
+        yield [place for place, other in enumerate(shapes) if other == shape]

@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dist_train.models.blocks import Down, PeriodicConv, Up
+from dist_train.config import ModelConfig
+from dist_train.crystal.voxelize import Shape
+from dist_train.models.blocks import Style, fourier_resample, padded, run, run_layers
 
 N_CELL = 6
 """Cell parameters: the logarithms of a, b, c and the cosines of alpha, beta, gamma, standardised."""
@@ -34,40 +36,68 @@ class Decoding(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """[B, C, D, H, W] density and [B, 6] cell -> Latent."""
+    """[B, C, D, H, W] density and [B, 6] cell -> Latent. coarse: voxels along each axis of the last grid."""
 
-    def __init__(self, n_channels: int, shape: tuple[int, int, int], widths: tuple[int, ...], latent: int) -> None:
+    recompute = False
+
+    def __init__(self, n_channels: int, coarse: int, model: ModelConfig, style: Style) -> None:
         super().__init__()
-        sizes = (n_channels, *widths)
-        self.down = nn.Sequential(*[Down(a, b) for a, b in zip(sizes, sizes[1:], strict=False)])
+        self.coarse: Shape = (coarse, coarse, coarse)
+        self.multiple = 1 if style.periodic else 2**model.halvings
+        sizes = (n_channels, *model.vae_widths)
+        whole = len(model.vae_widths) - model.halvings
+        self.down = nn.Sequential(*[
+            nn.Sequential(*style.layer(a, b)) if layer < whole else style.down(a, b)
+            for layer, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False))
+        ])  # fmt: skip
         self.cell = nn.Linear(N_CELL, 64)
-        n_features = widths[-1] * prod(n >> len(widths) for n in shape)
-        self.out = nn.Linear(n_features + 64, 2 * latent)
+        self.out = _linear(model.vae_widths[-1] * coarse**3 + 64, 2 * model.latent, model.hidden, style)
 
     def forward(self, density_BCDHW: Tensor, cell_B6: Tensor) -> Latent:
-        features = torch.cat([self.down(density_BCDHW).flatten(1), self.cell(cell_B6)], dim=1)
+        grid = padded(density_BCDHW, self.multiple)
+        for down in self.down:
+            grid = run(self.recompute, down, grid)
+        grid = fourier_resample(grid, self.coarse)
+        features = torch.cat([grid.flatten(1), self.cell(cell_B6)], dim=1)
         mean, log_variance = self.out(features).chunk(2, dim=1)
         return Latent(mean, log_variance.clamp(-12.0, 6.0))
 
 
 class Decoder(nn.Module):
-    """[B, latent] -> Decoding."""
+    """[B, latent] -> Decoding on grids of a shape. coarse: voxels along each axis of the first grid."""
 
-    def __init__(
-        self, n_channels: int, shape: tuple[int, int, int], widths: tuple[int, ...], latent: int, n_elements: int
-    ) -> None:
+    recompute = False
+
+    def __init__(self, n_channels: int, coarse: int, model: ModelConfig, n_elements: int, style: Style) -> None:
         super().__init__()
-        self.coarse = (widths[-1], *[n >> len(widths) for n in shape])
-        self.expand = nn.Linear(latent, prod(self.coarse))
-        ups: list[nn.Module] = []
-        for n_in, n_out in zip(widths[::-1], widths[-2::-1], strict=False):
-            ups += [Up(n_in, n_out), nn.SiLU()]
-        self.up = nn.Sequential(nn.SiLU(), PeriodicConv(widths[-1], widths[-1]), nn.SiLU(), *ups)
-        self.out = Up(widths[0], n_channels)
+        widths, latent = model.vae_widths, model.latent
+        self.coarse = (widths[-1], coarse, coarse, coarse)
+        self.multiple = 2**model.halvings
+        self.expand = _linear(latent, prod(self.coarse), model.hidden, style)
+        whole = len(widths) - model.halvings
+        layers: list[nn.Module] = []
+        for layer in range(len(widths) - 1, 0, -1):
+            n_in, n_out = widths[layer], widths[layer - 1]
+            layers += [style.conv(n_in, n_out) if layer < whole else style.up(n_in, n_out), *style.rest(n_out)]
+        self.up = nn.Sequential(style.activation(), *style.layer(widths[-1], widths[-1]), *layers)
+        self.out = style.conv(widths[0], n_channels) if whole else style.up(widths[0], n_channels)
         self.heads = nn.Linear(latent, N_CELL + 1)
-        self.composition = nn.Sequential(nn.Linear(latent, latent), nn.SiLU(), nn.Linear(latent, n_elements))
+        self.composition = nn.Sequential(nn.Linear(latent, latent), style.activation(), nn.Linear(latent, n_elements))
 
-    def forward(self, latent: Tensor) -> Decoding:
-        coarse = self.expand(latent).reshape(len(latent), *self.coarse)
+    def forward(self, latent: Tensor, shape: Shape) -> Decoding:
+        d, h, w = shape
+        grid = self.expand(latent).reshape(len(latent), *self.coarse)
+        grid = fourier_resample(grid, (-(-d // self.multiple), -(-h // self.multiple), -(-w // self.multiple)))
+        density = run(self.recompute, self.out, run_layers(self.recompute, self.up, grid))
+        return Decoding(density[:, :, :d, :h, :w], *self.numbers(latent), self.composition(latent))
+
+    def numbers(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """Standardised cell [B, 6] and logarithm of the number of atoms [B]."""
         numbers = self.heads(latent)
-        return Decoding(self.out(self.up(coarse)), numbers[:, :N_CELL], numbers[:, N_CELL], self.composition(latent))
+        return numbers[:, :N_CELL], numbers[:, N_CELL]
+
+
+def _linear(n_in: int, n_out: int, hidden: int, style: Style) -> nn.Module:
+    if not hidden:
+        return nn.Linear(n_in, n_out)
+    return nn.Sequential(nn.Linear(n_in, hidden), style.activation(), nn.Linear(hidden, n_out))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dist_train.config import RunConfig
 from dist_train.errors import ConfigError
 from dist_train.models.autoencoder import CrystalAutoencoder, CrystalBatch
-from dist_train.models.objectives import JointObjective, Noise
+from dist_train.models.objectives import Noise, Objective, prepare
 
 T = TypeVar("T")
 Part = tuple[CrystalBatch, Noise]
@@ -68,8 +68,9 @@ class Engine(ABC):
 
     def __init__(self, model: CrystalAutoencoder, config: RunConfig, device: torch.device, dtype: torch.dtype) -> None:
         self.config, self.device, self.dtype = config, device, dtype
-        self.objective = JointObjective(model.to(device), config.train, device, dtype)
+        self.objective = prepare(Objective(model.to(device), config.train, device, dtype), config.train)
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._fixed = {name: value.cpu() for name, value in model.state_dict().items() if name not in self.shapes}
         self.pieces: list[Piece] = []
         self.updates = 0
 
@@ -83,17 +84,12 @@ class Engine(ABC):
         """This rank's pieces, in the order of the model's parameters; made once."""
 
     @abstractmethod
-    def step(self, parts: Sequence[Part], learning_rate: float) -> StepResult:
+    def step(self, parts: Sequence[Part], learning_rate: float, kl_weight: float) -> StepResult:
         """Forward and backward for each part of this rank's slice of the global batch, parts of one size; one update."""
 
     @abstractmethod
     def refresh(self) -> None:
         """Tell the optimiser and the networks, on all ranks, that `updates` and the pieces were written."""
-
-    def loss(self, batch: CrystalBatch, noise: Noise) -> tuple[Tensor, dict[str, Tensor]]:
-        """The objective of a part; of the averaged weights too (see `averaged`), under autocast."""
-        found: tuple[Tensor, dict[str, Tensor]] = self.objective(batch.to(self.device), noise)
-        return found
 
     def whole(self, values: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
         """(name, float32 tensor) of every trained parameter from the pieces of all ranks; `values` replace the weights."""
@@ -111,7 +107,7 @@ class Engine(ABC):
     def averaged(self) -> CrystalAutoencoder:
         """A model of its own with the averaged weights, in float32 on this device, equal on all ranks."""
         model = CrystalAutoencoder.from_config(self.objective.model.config())
-        model.load_state_dict(dict(self.whole(self.average.values)), strict=False)
+        model.load_state_dict(self._fixed | dict(self.whole(self.average.values)))
         return model.to(self.device).eval()
 
     def add_bits(self, tensor: Tensor) -> None:
@@ -225,15 +221,15 @@ class TorchEngine(Engine):
     def find_pieces(self) -> list[Piece]:
         return plain_pieces(self.objective.model, self.optimizer)
 
-    def step(self, parts: Sequence[Part], learning_rate: float) -> StepResult:
+    def step(self, parts: Sequence[Part], learning_rate: float, kl_weight: float) -> StepResult:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.zero_grad(set_to_none=True)
         sums: list[Tensor] = []
         for batch, noise in parts:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-                loss, named = self.loss(batch, noise)
-            (loss / len(parts)).backward()  # type: ignore[no-untyped-call]
+                loss, named = self.objective(batch, noise, kl_weight)
+            (loss / len(parts)).backward()
             sums.append(torch.stack([loss.detach(), *named.values()]) / len(parts))
         self.optimizer.step()
         applied = not self.optimizer.overflow

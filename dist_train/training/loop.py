@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import groupby
 
 import torch
 
 from dist_train.config import RunConfig
 from dist_train.errors import DistTrainError, Interrupted
 from dist_train.models.autoencoder import CrystalBatch
-from dist_train.models.objectives import PARTS, JointObjective, step_noise
+from dist_train.models.objectives import PARTS, Objective, step_noise
 from dist_train.models.reconstruct import Codec
 from dist_train.progress import Progress
 from dist_train.shards.batches import collate, train_batches
@@ -21,7 +22,7 @@ from dist_train.training.checkpoint import Checkpoints
 from dist_train.training.engine import Engine, Part, check_batch
 from dist_train.training.guard import StopRequest, Watchdog
 from dist_train.training.meter import Meter, reduce_step
-from dist_train.training.state import TrainState, learning_rate
+from dist_train.training.state import TrainState, kl_warmup, learning_rate
 from dist_train.training.tracker import Tracker
 
 log = logging.getLogger(__name__)
@@ -51,8 +52,8 @@ def fit(
         for step, batch, damaged in meter.timed(batches):
             for message in damaged:
                 log.warning("passed over at step %d: %s", step, message)
-            rate = learning_rate(step, plan.steps, settings)
-            result = engine.step(list(_parts(config, engine, step, batch.to(engine.device))), rate)
+            rate, kl_weight = learning_rate(step, plan.steps, settings), kl_warmup(step, settings)
+            result = engine.step(list(_parts(config, engine, step, batch.to(engine.device))), rate, kl_weight)
             reduced = reduce_step(engine, result, stop.made, len(damaged))
             state = replace(
                 state,
@@ -100,12 +101,10 @@ def batch_plan(config: RunConfig, train: ShardReader, rank: int, ranks: int) -> 
 
 def _parts(config: RunConfig, engine: Engine, step: int, batch: CrystalBatch) -> Iterator[Part]:
     """This rank's slice of a step's global batch in parts of the size of a forward pass, each with its noise."""
-    model, share, micro = engine.objective.model, batch.size, check_batch(config, engine.ranks)
-    assert isinstance(model.grid.shape, int)
+    share, micro, latent = batch.size, check_batch(config, engine.ranks), config.model.latent
     for start in range(0, share, micro):
         positions = range(engine.rank * share + start, engine.rank * share + start + micro)
-        latent, shape = model.model.latent, model.grid.shape
-        noise = step_noise(config.seed, step, positions, config.train.unet_share, latent, shape, engine.device)
+        noise = step_noise(config.seed, step, positions, engine.objective.share, latent, batch.shape, engine.device)
         yield batch.rows(slice(start, start + micro)), noise
 
 
@@ -126,9 +125,8 @@ def validate(config: RunConfig, engine: Engine, val: ShardReader) -> dict[str, f
     places = list(range(engine.rank, len(val), engine.ranks))
     sums = dict.fromkeys(VALIDATED, 0.0)  # all of them also on a rank that has no crystal: ranks add up in this order
     codec = Codec(engine.averaged())
-    objective = JointObjective(codec.model, config.train, engine.device, torch.float32).eval()
-    for start in range(0, len(places), VALIDATION_BATCH):
-        chosen = places[start : start + VALIDATION_BATCH]
+    objective = Objective(codec.model, config.train, engine.device, torch.float32).eval()
+    for chosen in _of_one_shape(places, val):
         records = [val[place] for place in chosen]
         batch = collate(records).to(engine.device)
         for name, value in _losses(config, engine, objective, batch, chosen).items():
@@ -142,13 +140,20 @@ def validate(config: RunConfig, engine: Engine, val: ShardReader) -> dict[str, f
     return {f"val/{name}": total / len(val) for name, total in zip(VALIDATED, totals, strict=True)}
 
 
+def _of_one_shape(places: list[int], val: ShardReader) -> Iterator[list[int]]:
+    """The places in batches, each of crystals on grids of one shape."""
+    shapes = val.shapes
+    for _, group in groupby(sorted(places, key=lambda place: shapes[place]), key=lambda place: shapes[place]):
+        alike = list(group)
+        yield from (alike[start : start + VALIDATION_BATCH] for start in range(0, len(alike), VALIDATION_BATCH))
+
+
 def _losses(
-    config: RunConfig, engine: Engine, objective: JointObjective, batch: CrystalBatch, places: list[int]
+    config: RunConfig, engine: Engine, objective: Objective, batch: CrystalBatch, places: list[int]
 ) -> dict[str, float]:
     """Loss and parts of validation crystals at the posterior mean, in the number format of training."""
-    model = objective.model
-    assert isinstance(model.grid.shape, int)
-    noise = step_noise(config.seed, 0, places, 1.0, model.model.latent, model.grid.shape, engine.device)
+    share = 1.0 if objective.share else 0.0
+    noise = step_noise(config.seed, 0, places, share, config.model.latent, batch.shape, engine.device)
     with torch.autocast(engine.device.type, engine.dtype, enabled=engine.dtype != torch.float32):
         loss, parts = objective(batch, replace(noise, latent_BL=torch.zeros_like(noise.latent_BL)))
     return {"loss": float(loss), **{name: float(value) for name, value in parts.items()}}

@@ -40,6 +40,11 @@ class TrainState:
         return cls(**{key: value for key, value in json.loads(text).items() if key in known})
 
 
+def kl_warmup(step: int, train: TrainConfig) -> float:
+    """What the weight of the KL divergence is multiplied by in a step counted from 0: a line up to 1."""
+    return min(1.0, (step + 1) / max(train.kl_warmup_steps, 1))
+
+
 def learning_rate(step: int, steps: int, train: TrainConfig) -> float:
     """Rate of a step counted from 0: linear warm-up, then half a cosine that reaches zero after the last step."""
     warm = min(1.0, (step + 1) / max(train.warmup_steps, 1))

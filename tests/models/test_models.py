@@ -1,4 +1,4 @@
-"""The networks: shapes, periodicity, losses with known values, and the bundle they travel in."""
+"""The networks: shapes, periodicity, what their gate and cell numbers say, and the bundle they travel in."""
 
 from __future__ import annotations
 
@@ -8,44 +8,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_models import ADAPTIVE, CUBE, ELEMENTS, LIGHT, PAPER, WINDOW, make_model
 
-from dist_train.config import GridSpec, LossWeights, ModelConfig, TrainConfig
-from dist_train.crystal.elements import MAX_Z
+from dist_train.config import GridSpec, ModelConfig
 from dist_train.crystal.lattice import from_lengths_angles, lengths_angles
 from dist_train.errors import ModelError
+from dist_train.files import sha256
 from dist_train.models.autoencoder import (
     CrystalAutoencoder,
-    CrystalBatch,
-    Statistics,
     cell_numbers,
     cell_parameters,
+    check_grid,
     composition_gate,
 )
-from dist_train.models.blocks import Down, PeriodicConv, pixel_shuffle_3d
-from dist_train.models.export import read_bundle, write_bundle
-from dist_train.models.losses import gaussian_kl, species_cross_entropy, species_voxels, squared_error
-from dist_train.models.objectives import JointObjective, Noise, step_noise
+from dist_train.models.blocks import Style
+from dist_train.models.export import read_bundle, start_from, write_bundle
 from dist_train.models.unet import AttentionUNet
-from dist_train.models.vae import Latent
 
-CPU = torch.device("cpu")
-GRID = GridSpec(shape=12, channels=("occupancy", "period"))
-MODEL = ModelConfig(latent=6, vae_widths=(4, 8), unet_width=4, unet_levels=2)
-STATISTICS = Statistics((0.1,) * 8, (0.5,) * 8, (1.4,) * 3 + (0.0,) * 3, (0.1,) * 6, math.log(5), 1.0)
-
-
-def make_model() -> CrystalAutoencoder:
-    torch.manual_seed(0)
-    return CrystalAutoencoder(GRID, MODEL, (8, 22, 56), STATISTICS)
-
-
-def make_batch(size: int = 3) -> CrystalBatch:
-    torch.manual_seed(1)
-    species = torch.zeros(size, 12, 12, 12, dtype=torch.uint8)
-    species[:, 2:4, 2:4, 2:4], species[:, 7:9, 7:9, 7:9] = 56, 8
-    composition = torch.zeros(size, MAX_Z + 1)
-    composition[:, [8, 22, 56]] = torch.tensor([3.0, 1.0, 1.0])
-    return CrystalBatch(torch.rand(size, 8, 12, 12, 12).half(), species, torch.randn(size, 6), composition, torch.ones(size))
+STYLES = [Style(), Style(paper=True, groups=2)]
 
 
 def test_shapes_from_grid_to_latent_and_back() -> None:
@@ -58,28 +38,67 @@ def test_shapes_from_grid_to_latent_and_back() -> None:
     assert model.segment(decoding).shape == (2, 4, 12, 12, 12)
 
 
+@pytest.mark.parametrize("style", STYLES, ids=["light", "paper"])
 @pytest.mark.parametrize("shift", [(4, 0, 0), (0, 8, 4)])
-def test_the_unet_commutes_with_periodic_translations(shift: tuple[int, int, int]) -> None:
+def test_the_unet_commutes_with_periodic_translations(shift: tuple[int, int, int], style: Style) -> None:
     """By multiples of the coarsest voxel, exactly: every convolution wraps round."""
     torch.manual_seed(0)
-    unet = AttentionUNet(5, 7, 4, 3).double()
-    x = torch.randn(1, 5, 12, 12, 12, dtype=torch.float64)
+    unet = AttentionUNet(5, 7, 4, 3, style).double()
+    x = torch.randn(1, 5, 12, 8, 16, dtype=torch.float64)
     rolled = torch.roll(unet(x), shift, dims=(2, 3, 4))
     torch.testing.assert_close(unet(torch.roll(x, shift, dims=(2, 3, 4))), rolled)
 
 
-@pytest.mark.parametrize("layer", [PeriodicConv(3, 4), Down(3, 4)])
-def test_every_voxel_sees_as_much_as_every_other(layer: torch.nn.Module) -> None:
-    """No edge: a constant field stays constant, which zero padding would spoil."""
-    out = layer(torch.ones(1, 3, 8, 8, 8))
-    torch.testing.assert_close(out, out.mean((2, 3, 4), keepdim=True).expand_as(out))
+def test_the_unet_of_a_box_has_an_outside() -> None:
+    """What lies at one face of a window has nothing to do with the opposite face."""
+    torch.manual_seed(0)
+    unet = AttentionUNet(1, 2, 4, 3, Style(periodic=False)).double()
+    x = torch.zeros(1, 1, 30, 30, 30, dtype=torch.float64)
+    touched = x.clone()
+    touched[:, :, 0] = 1.0
+    change = (unet(touched) - unet(x)).abs().amax((0, 1, 3, 4))
+    assert change[0] > 1e-3
+    assert change[-1] == 0
 
 
-def test_pixel_shuffle_puts_eight_channels_into_a_block() -> None:
-    x = torch.arange(16.0).reshape(1, 16, 1, 1, 1)
-    out = pixel_shuffle_3d(x)
-    assert out.shape == (1, 2, 2, 2, 2)
-    assert out[0, 0].flatten().tolist() == list(range(8))
+@pytest.mark.parametrize("model", [LIGHT, PAPER], ids=["light", "paper"])
+def test_one_model_takes_cells_of_all_shapes_and_gives_the_shape_asked_for(model: ModelConfig) -> None:
+    network = make_model(ADAPTIVE, model)
+    for shape in ((16, 16, 16), (16, 24, 40)):
+        latent = network.encode(torch.randn(2, 8, *shape), torch.randn(2, 6)).mean
+        assert latent.shape == (2, 6)
+        decoding = network.decode(latent, shape)
+        assert decoding.density_BCDHW.shape == (2, 8, *shape)
+        assert network.segment(decoding).shape == (2, 4, *shape)
+
+
+@pytest.mark.parametrize("model", [LIGHT, PAPER], ids=["light", "paper"])
+def test_boxes_of_sizes_that_can_not_be_halved_keep_them(model: ModelConfig) -> None:
+    network = make_model(WINDOW, model)
+    decoding = network.decode(network.encode(torch.randn(1, 1, 30, 30, 30), torch.randn(1, 6)).mean)
+    assert decoding.density_BCDHW.shape == (1, 1, 30, 30, 30)
+    assert network.segment(decoding).shape == (1, 4, 30, 30, 30)
+
+
+def test_the_coarse_grid_decides_how_large_the_linear_layers_are() -> None:
+    model = LIGHT.model_copy(update={"coarse": 2})
+    network = make_model(CUBE, model)
+    assert network.encoder.out.in_features == 8 * 2**3 + 64
+    assert network.decode(torch.randn(1, 6)).density_BCDHW.shape == (1, 8, 12, 12, 12)
+
+
+def test_names_and_order_of_parameters_stay_for_bundles_that_are_out_there() -> None:
+    model = make_model()
+    layers = dict.fromkeys(name.rpartition(".")[0] for name in model.state_dict() if "." in name)
+    assert list(layers) == [
+        "encoder.down.0.0", "encoder.down.1.0", "encoder.cell", "encoder.out",
+        "decoder.expand", "decoder.up.1", "decoder.up.3.conv", "decoder.out.conv", "decoder.heads",
+        "decoder.composition.0", "decoder.composition.2",
+        "unet.first.0", "unet.first.2", "unet.down.0.0.0", "unet.down.0.1", "unet.up.0.conv",
+        "unet.gate.0.skip", "unet.gate.0.gate", "unet.gate.0.weight", "unet.merge.0.0", "unet.classifier",
+    ]  # fmt: skip
+    assert model.decoder.up[1].weight.shape == (8, 8, 3, 3, 3)
+    assert model.encoder.down[0][0].weight.shape == (4, 8, 4, 4, 4)
 
 
 def test_gate_passes_present_elements_and_bars_absent_ones() -> None:
@@ -89,62 +108,6 @@ def test_gate_passes_present_elements_and_bars_absent_ones() -> None:
     assert gate[2].item() == pytest.approx(0.0, abs=0.01)
     absent = composition_gate(torch.tensor([[-2.0]]))[0, 1]
     assert absent.item() == pytest.approx(math.log(0.002), abs=0.01)
-
-
-def test_kl_of_known_gaussians() -> None:
-    assert gaussian_kl(Latent(torch.zeros(4, 3), torch.zeros(4, 3))).item() == 0
-    one = Latent(torch.tensor([[1.0]]), torch.tensor([[math.log(4.0)]]))
-    assert gaussian_kl(one).item() == pytest.approx(0.5 * (1 + 4 - 1 - math.log(4)))
-
-
-def test_relative_error_of_the_mean_is_one() -> None:
-    x = torch.randn(10_000, generator=torch.Generator().manual_seed(0))
-    assert squared_error(torch.zeros_like(x), x).item() == pytest.approx(1.0, abs=0.05)
-
-
-def test_species_loss_looks_at_all_atoms_and_the_stated_share_of_background() -> None:
-    species = make_batch(2).species_BDHW
-    uniform = torch.rand(species.shape, generator=torch.Generator().manual_seed(0))
-    mask = species_voxels(species, 3.0, uniform)
-    assert mask[species > 0].all()
-    ratio = (mask & (species == 0)).sum() / (species > 0).sum()
-    assert ratio.item() == pytest.approx(3.0, rel=0.2)
-
-
-def test_loss_is_the_weighted_sum_of_its_parts_and_reaches_every_parameter() -> None:
-    weights = LossWeights(density=2.0, species=0.3, kl=0.01, lattice=0.4, count=0.5, composition=0.6)
-    objective = JointObjective(make_model(), TrainConfig(loss=weights), CPU, torch.float32)
-    loss, parts = objective(make_batch(), step_noise(0, 0, range(3), 1.0, 6, 12, CPU))
-    assert loss.item() == pytest.approx(sum(getattr(weights, name) * part.item() for name, part in parts.items()))
-    loss.backward()
-    without = [name for name, p in objective.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert not without
-
-
-def test_noise_is_a_function_of_seed_and_step_and_position_whatever_the_ranks() -> None:
-    def noise(rank: int, ranks: int, step: int = 5) -> Noise:
-        share = 8 // ranks
-        return step_noise(3, step, range(rank * share, (rank + 1) * share), 0.5, 6, 12, CPU)
-
-    whole = noise(0, 1)
-    assert torch.equal(whole.latent_BL, noise(0, 1).latent_BL)
-    assert not torch.equal(whole.latent_BL, noise(0, 1, step=6).latent_BL)
-    assert len(whole.seen_b) == len(whole.voxels_bDHW) == 4
-    for ranks in (2, 4):
-        parts = [noise(rank, ranks) for rank in range(ranks)]
-        assert torch.equal(torch.cat([part.latent_BL for part in parts]), whole.latent_BL)
-        assert torch.equal(torch.cat([part.voxels_bDHW for part in parts]), whole.voxels_bDHW)
-        seen = torch.cat([part.seen_b + rank * 8 // ranks for rank, part in enumerate(parts)])
-        assert torch.equal(seen, whole.seen_b)
-
-
-def test_species_loss_of_a_batch_is_the_mean_of_its_halves() -> None:
-    """What ranks need: crystals with many voxels and with few count alike."""
-    logits, classes = torch.randn(9, 4), torch.randint(4, (9,))
-    crystal = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 1])
-    whole = species_cross_entropy(logits, classes, crystal)
-    halves = [species_cross_entropy(logits[c], classes[c], crystal[c] * 0) for c in (crystal == 0, crystal == 1)]
-    assert whole.item() == pytest.approx(sum(half.item() for half in halves) / 2)
 
 
 def test_cell_numbers_and_parameters_are_inverse() -> None:
@@ -175,8 +138,6 @@ def test_damaged_bundle_is_refused_by_file(tmp_path: Path, name: str) -> None:
 
 
 def test_bundle_of_a_newer_format_and_no_bundle_are_refused(tmp_path: Path) -> None:
-    from dist_train.files import sha256
-
     model = make_model()
     bundle = write_bundle(tmp_path / "bundle", model, model.state_dict(), {})
     config = json.loads((bundle / "config.json").read_text())
@@ -190,8 +151,45 @@ def test_bundle_of_a_newer_format_and_no_bundle_are_refused(tmp_path: Path) -> N
         read_bundle(tmp_path)
 
 
-def test_adaptive_grids_and_empty_data_can_not_be_trained_on() -> None:
-    with pytest.raises(ModelError, match="adaptive"):
-        CrystalAutoencoder(GridSpec(shape="adaptive"), MODEL, (8,), STATISTICS)
+def test_a_bundle_from_before_the_newer_settings_is_read(tmp_path: Path) -> None:
+    model = make_model()
+    bundle = write_bundle(tmp_path / "bundle", model, model.state_dict(), {})
+    config = json.loads((bundle / "config.json").read_text())
+    config["model"] = {name: config["model"][name] for name in ("latent", "vae_widths", "unet_width", "unet_levels")}
+    (bundle / "config.json").write_text(json.dumps(config))
+    (bundle / "SHA256SUMS").write_text(
+        "".join(f"{sha256(bundle / name)}  {name}\n" for name in ("config.json", "model.safetensors"))
+    )
+    again, _ = read_bundle(bundle)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
+
+
+def test_a_run_starts_from_a_bundle_of_its_own_kind_alone(tmp_path: Path) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.unet.classifier.bias.fill_(3.0)
+    bundle = write_bundle(tmp_path / "bundle", model, model.state_dict(), {})
+    found = start_from(bundle, CUBE, LIGHT, ELEMENTS)
+    assert found.training
+    assert found.statistics == model.statistics
+    assert (found.unet.classifier.bias == 3.0).all()
+    for grid, sizes, elements, told in (
+        (CUBE.model_copy(update={"sigma_A": 0.4}), LIGHT, ELEMENTS, r"another grid: sigma_A is 0\.5 there, 0\.4 here"),
+        (CUBE, PAPER, ELEMENTS, r"another model: vae_widths is \[4, 8\] there"),
+        (CUBE, LIGHT, (8, 22), r"another elements: .*\(8, 22, 56\) there, \(8, 22\) here"),
+    ):
+        with pytest.raises(ModelError, match=told):
+            start_from(bundle, grid, sizes, elements)
+
+
+def test_grids_without_atoms_and_empty_data_can_not_be_trained_on() -> None:
+    with pytest.raises(ModelError, match="lack 'occupancy' or 'z_density'"):
+        make_model(GridSpec(channels=("period",)))
     with pytest.raises(ModelError, match="no elements"):
-        CrystalAutoencoder(GRID, MODEL, (), STATISTICS)
+        CrystalAutoencoder(CUBE, LIGHT, (), make_model().statistics)
+
+
+def test_the_channel_that_atoms_are_decoded_from_is_found_behind_others() -> None:
+    assert check_grid(GridSpec(channels=("period", "occupancy"))) == ("occupancy", 7)
+    assert check_grid(GridSpec(channels=("z_density", "occupancy"))) == ("occupancy", 1)
+    assert check_grid(GridSpec(channels=("group", "z_density"))) == ("z_density", 18)

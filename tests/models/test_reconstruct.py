@@ -1,0 +1,131 @@
+"""Codec: cells of mixed shapes, latents of no cell, windows and units, each with a crystal or a clear reason."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from small_models import ADAPTIVE, CUBE, PAPER, WINDOW, make_model
+from torch import Tensor
+
+from dist_train.config import GridSpec
+from dist_train.crystal.frames import grid_shape, placed
+from dist_train.crystal.metrics import compare
+from dist_train.crystal.structure import Crystal
+from dist_train.crystal.voxelize import Shape, voxelize
+from dist_train.generate import reconstruct
+from dist_train.models.autoencoder import cell_numbers
+from dist_train.models.reconstruct import NO_LATTICE, Codec
+from dist_train.models.vae import Decoding
+
+UNIT = GridSpec.model_validate({"preset": "paper-unit", "random_rotation": False})
+COARSE_CUBE = CUBE.model_copy(update={"max_spacing_A": 0.7})
+SITES = [[0, 0, 0], [0.5, 0.5, 0.5], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]]
+
+
+def perovskite(*edges_A: float) -> Crystal:
+    """BaTiO3 in a cell with right angles, off the voxels."""
+    return Crystal(f"perovskite {edges_A}", np.diag(edges_A), np.array(SITES) + 0.03, np.array([56, 22, 8, 8, 8]))
+
+
+CRYSTALS = [perovskite(4.0, 4.1, 7.5), perovskite(4.0, 4.2, 4.3), perovskite(3.9, 4.0, 7.6), perovskite(4.0, 4.0, 4.1)]
+
+
+def oracle(monkeypatch: pytest.MonkeyPatch, grid: GridSpec, crystals: Sequence[Crystal]) -> Codec:
+    """A codec whose networks know the answers: the first number of a latent is the place of its crystal."""
+    codec = Codec(make_model(grid, PAPER))
+    grids = [voxelize(crystal, grid) for crystal in crystals]
+    cells = torch.from_numpy(cell_numbers(np.stack([crystal.lengths_angles for crystal in crystals])))
+
+    def numbers(latent: Tensor) -> tuple[Tensor, Tensor]:
+        return codec.scale.cell(cells[latent[:, 0].long()]), latent[:, 0]
+
+    def decode(latent: Tensor, shape: Shape) -> Decoding:
+        chosen = [grids[place].density_CDHW for place in latent[:, 0].long()]
+        assert all(density.shape[1:] == shape for density in chosen)
+        density = codec.scale.density(torch.from_numpy(np.stack(chosen)))
+        return Decoding(density, *numbers(latent), torch.zeros(len(latent), 3))
+
+    def segment(decoding: Decoding) -> Tensor:
+        species = torch.from_numpy(np.stack([grids[place].species_DHW for place in decoding.log_count_B.long()]))
+        return 20.0 * torch.nn.functional.one_hot(codec.scale.class_of_z[species.long()], 4).movedim(-1, 1).float()
+
+    monkeypatch.setattr(codec.model.decoder, "numbers", numbers)
+    monkeypatch.setattr(codec.model, "decode", decode)
+    monkeypatch.setattr(codec.model, "segment", segment)
+    return codec
+
+
+def latents(count: int) -> Tensor:
+    return torch.arange(float(count))[:, None].expand(-1, 6).contiguous()
+
+
+def test_latents_of_mixed_shapes_are_those_of_each_crystal_alone() -> None:
+    codec = Codec(make_model(ADAPTIVE))
+    assert len({grid_shape(crystal.lattice_A, ADAPTIVE) for crystal in CRYSTALS}) == 2
+    together = codec.encode(CRYSTALS)
+    torch.testing.assert_close(together, torch.cat([codec.encode([crystal]) for crystal in CRYSTALS]), rtol=1e-4, atol=1e-5)
+    assert torch.pdist(together).min() > 1e-3
+
+
+def test_cells_of_mixed_shapes_come_back_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = oracle(monkeypatch, ADAPTIVE, CRYSTALS)
+    found = codec.crystals(latents(4), [crystal.id for crystal in CRYSTALS])
+    for true, decoded in zip(CRYSTALS, found, strict=True):
+        assert decoded.crystal is not None, decoded.reason
+        assert decoded.crystal.id == true.id
+        metrics = compare(true, decoded.crystal)
+        assert metrics.species_correct == 5
+        assert metrics.position_error_A < 0.01
+        assert metrics.length_error_A < 0.001
+
+
+@pytest.mark.parametrize(
+    ("edges", "reason"),
+    [((4.0, 4.0, 90.0), "voxels are needed, at most"), ((4.0, np.inf, 4.0), "no cell has the parameters")],
+)
+def test_a_latent_of_no_cell_has_a_reason_and_disturbs_no_other(
+    monkeypatch: pytest.MonkeyPatch, edges: tuple[float, ...], reason: str
+) -> None:
+    codec = oracle(monkeypatch, ADAPTIVE, CRYSTALS)
+    parameters = codec.parameters(latents(4))
+    parameters[1] = [*edges, 90.0, 90.0, 90.0]
+    monkeypatch.setattr(codec, "parameters", lambda latent: parameters)
+    found = codec.crystals(latents(4), ["a", "b", "c", "d"])
+    assert found[1].crystal is None
+    assert reason in found[1].reason
+    assert [decoded.crystal.id if decoded.crystal else "" for decoded in found] == ["a", "", "c", "d"]
+
+
+def test_a_window_gives_the_crystal_whatever_the_decoded_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = perovskite(4.0, 4.0, 4.2)
+    codec = oracle(monkeypatch, WINDOW, [placed(true, WINDOW)])
+    monkeypatch.setattr(codec, "parameters", lambda latent: np.full((1, 6), np.nan))
+    (found,) = codec.crystals(latents(1), ["w"])
+    assert found.crystal is not None, found.reason
+    assert compare(true, found.crystal).match
+
+
+def test_a_unit_is_a_failure_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = oracle(monkeypatch, UNIT, [placed(CRYSTALS[1], UNIT)])
+    (found,) = codec.crystals(latents(1), ["u"])
+    assert found.crystal is None
+    assert found.reason == NO_LATTICE
+    assert len(found.confidence_N) == 5
+
+
+def test_a_unit_is_encoded_with_its_atoms_in_the_middle() -> None:
+    codec = Codec(make_model(UNIT, PAPER))
+    move = np.array([1.0, 0.3, -0.5])
+    away = Crystal("away", CRYSTALS[1].lattice_A, CRYSTALS[1].frac_N3 + move, CRYSTALS[1].numbers_N)
+    torch.testing.assert_close(codec.encode([away]), codec.encode([CRYSTALS[1]]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", [COARSE_CUBE, ADAPTIVE, WINDOW, UNIT], ids=["cube", "adaptive", "window", "unit"])
+def test_an_untrained_model_fails_calmly_on_every_grid(grid: GridSpec) -> None:
+    codec = Codec(make_model(grid))
+    found = reconstruct(codec, [*CRYSTALS, perovskite(4.0, 4.0, 500.0)])
+    assert len(found) == 5
+    assert all(decoded.crystal is not None or decoded.reason for decoded in found)

@@ -1,0 +1,58 @@
+"""Whole runs of what other tests see piece by piece: adaptive grids, and a U-Net on a VAE that was trained before it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from sharding import few_rows, write_shards
+from small_run import ROOT, small_config, write_small_shards
+
+from dist_train.commands import training as commands
+from dist_train.errors import ModelError
+from dist_train.generate import reconstruct
+from dist_train.models.export import read_bundle
+from dist_train.models.reconstruct import Codec
+from dist_train.shards.index import Index
+from dist_train.shards.reader import ShardReader
+from dist_train.training.tracker import read_spool
+
+
+def records(run: Path, name: str) -> list[float]:
+    return [record["metrics"][name] for record in read_spool(run / "metrics.jsonl") if name in record["metrics"]]
+
+
+def test_a_run_on_adaptive_grids_learns_validates_and_reconstructs(tmp_path: Path) -> None:
+    adaptive = ("grid.shape=adaptive", "train.global_batch_size=4", "train.epochs=6", "train.learning_rate=1e-2")
+    config = small_config(tmp_path, *adaptive, "train.validate_every=1000")
+    table = few_rows(ROOT / "data" / "sample" / "materials_project.parquet", 60, tmp_path)
+    write_shards(config.data.model_copy(update={"inputs": (table,)}), config.grid)
+    index = Index.read(config.data.shards)
+    assert len(set(ShardReader(index, "train").shapes)) > 2
+    assert len(set(ShardReader(index, "val").shapes)) > 1
+    assert "model bundle" in commands.train(config)
+    species = records(tmp_path / "run", "train/species")
+    assert sum(species[-4:]) < 0.8 * sum(species[:4]), species
+    assert records(tmp_path / "run", "val/loss")
+    codec = Codec(read_bundle(tmp_path / "run" / "bundle")[0])
+    val = ShardReader(index, "val")
+    found = reconstruct(codec, [val.crystal(place) for place in range(len(val))])
+    assert all(decoded.crystal is not None or decoded.reason for decoded in found)
+    assert (tmp_path / "run" / "figures" / "slices.png").stat().st_size > 0
+
+
+def test_a_unet_is_trained_on_the_vae_of_a_bundle(tmp_path: Path) -> None:
+    write_small_shards(tmp_path)
+    steps = "train.epochs=2"
+    first, second = tmp_path / "vae", tmp_path / "unet"
+    commands.train(small_config(tmp_path, f"run_dir={first}", "train.objective=vae", steps))
+    assert set(records(first, "train/species")) == {0.0}
+    start = f"train.init_from={first}/bundle"
+    commands.train(small_config(tmp_path, f"run_dir={second}", "train.objective=unet", start, steps))
+    before, after = (read_bundle(run / "bundle")[0].state_dict() for run in (first, second))
+    changed = {name for name, value in before.items() if not torch.equal(after[name], value)}
+    assert changed
+    assert all(name.startswith("unet.") for name in changed)
+    with pytest.raises(ModelError, match=r"init_from .* has another model: latent is 8 there, 9 here"):
+        commands.train(small_config(tmp_path, f"run_dir={tmp_path}/never", "train.objective=unet", start, "model.latent=9"))
