@@ -116,6 +116,7 @@ def test_a_sample_that_is_not_what_the_index_says_is_named(index: Index, tmp_pat
     sample = index.shards[0].samples[0]
     read(index, shape=(16, 16, 8))
     read(index, members={name: (2**62, 5) for name in sample.members})
+    read(index, members={name: (0, 2**62) for name in sample.members})
     whole = ShardReader(index, "train")._members(index.shards[0], sample)
     read(index, members={"structure.json": sample.members["species.npy"]}, crc32=zlib.crc32(whole["species.npy"]))
     alone = write_real_shards(tmp_path, real_crystals(2), store="structures")
