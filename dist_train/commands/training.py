@@ -27,7 +27,7 @@ from dist_train.models.reconstruct import Codec
 from dist_train.shards.batches import collate
 from dist_train.shards.index import Index
 from dist_train.shards.prefetch import check_room
-from dist_train.shards.reader import ShardReader, check_shards
+from dist_train.shards.reader import ShardReader, check_shards, whole
 from dist_train.training.checkpoint import Checkpoints
 from dist_train.training.engine import Engine, TorchEngine, check_batch
 from dist_train.training.loop import batch_plan, fit
@@ -163,7 +163,7 @@ def _engine(config: RunConfig, model: CrystalAutoencoder) -> Engine:
 
 def build_model(config: RunConfig, index: Index, reader: ShardReader) -> CrystalAutoencoder:
     """A fresh model for the elements and the statistics of the training split; equal on every rank."""
-    batch = collate([reader[place] for place in range(min(len(reader), STATISTICS_SAMPLES))])
+    batch = collate(whole(reader.__getitem__, range(min(len(reader), STATISTICS_SAMPLES))))
     density = batch.density_BCDHW.float()
     log_count = batch.composition_BZ.sum(1).log()
 
@@ -255,7 +255,7 @@ def _finish(
 
 def _fit_prior(codec: Codec, reader: ShardReader) -> None:
     """Fit the Gaussian that samples are drawn from to the latents of the training crystals."""
-    latents = encode(codec, [reader.crystal(place) for place in range(min(len(reader), PRIOR_SAMPLES))]).cpu().double()
+    latents = encode(codec, whole(reader.crystal, range(min(len(reader), PRIOR_SAMPLES)))).cpu().double()
     centred = latents - latents.mean(0)
     covariance = centred.T @ centred / max(len(latents) - 1, 1)
     ridge = 1e-6 * covariance.diagonal().mean().clamp(min=1e-6) * torch.eye(len(covariance), dtype=torch.float64)

@@ -110,14 +110,12 @@ def digest_of(index: Index) -> str:
 
 
 def held(root: Path) -> dict[str, int]:
-    """Bytes of the files of a cache by name."""
-    sizes = {}
-    for path in (root / CACHE_NAME).glob("*/*.t*"):
-        try:
-            sizes[path.name] = path.stat().st_size
-        except FileNotFoundError:
-            continue
-    return sizes
+    """Bytes of the files of a cache by name, while none is made or removed."""
+    locks = root / CACHE_NAME / "locks"
+    if not locks.exists():
+        return {}
+    with module._locked(locks / "room"):
+        return {path.name: size for _, size, path in module._files((root / CACHE_NAME).glob("*/*.t*"))}
 
 
 def gets(log: Path, bucket: str) -> Counter[str]:
