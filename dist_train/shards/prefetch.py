@@ -52,7 +52,8 @@ class Prefetch:
         start, stop = self._steps
         if start >= stop:
             return
-        first, last = self._plan.window_of(start), self._plan.window_of(stop - 1)
+        first = self._plan.window_of(start)
+        last = ((stop - 1) // self._plan.steps_per_epoch + 1) * (len(self._plan.cuts) - 1) - 1
         with ThreadPoolExecutor(FETCHERS, thread_name_prefix="fetch") as pool:
             for window in range(first, last + 1):
                 with self._moved:
@@ -65,7 +66,7 @@ class Prefetch:
 
     def _fetch(self, number: int) -> None:
         if not self._stopped:
-            with suppress(ShardError):  # whoever needs the shard raises it, in its turn
+            with suppress(ShardError, OSError):  # whoever needs the shard raises it, in its turn
                 self._cache.fetch(self._shards[number], wait=False)
 
 

@@ -7,9 +7,9 @@ the sample, where a mapping would end the process.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from dist_train.shards.half import to_half
 from dist_train.shards.index import Index, Sample, ShardRecord
 from dist_train.shards.order import Shape
 
+T = TypeVar("T")
 OPEN_FILES = 256
 """Shards that a reader keeps open; opening one takes some microseconds, and processes may often have 1,024."""
 LISTED_SHARDS = 5
@@ -40,6 +41,20 @@ class Record(NamedTuple):
     density_CDHW: NDArray[np.float16]
     species_DHW: NDArray[np.uint8]
     crystal: Crystal
+
+
+def whole(read: Callable[[int], T], places: Iterable[int]) -> list[T]:
+    """What `read` gives for these places, damaged samples left out. Raises DamagedSample where all are damaged."""
+    found: list[T] = []
+    damage: DamagedSample | None = None
+    for place in places:
+        try:
+            found.append(read(place))
+        except DamagedSample as error:
+            damage = error
+    if damage and not found:
+        raise damage
+    return found
 
 
 class ShardReader:

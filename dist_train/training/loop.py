@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from itertools import groupby
 
@@ -17,7 +18,7 @@ from dist_train.models.reconstruct import Codec
 from dist_train.progress import Progress
 from dist_train.shards.batches import collate, train_batches
 from dist_train.shards.order import BatchPlan
-from dist_train.shards.reader import ShardReader
+from dist_train.shards.reader import DamagedSample, Record, ShardReader
 from dist_train.training.checkpoint import Checkpoints
 from dist_train.training.engine import Engine, Part, check_batch
 from dist_train.training.guard import StopRequest, Watchdog
@@ -120,24 +121,34 @@ def _nonfinite_message(in_a_row: int, step: int, train: ShardReader, plan: Batch
 def validate(config: RunConfig, engine: Engine, val: ShardReader) -> dict[str, float]:
     """Losses and decoded accuracy of the averaged weights on the validation split, shared out among the ranks.
 
-    composition_exact: crystals decoded with every atom's species right; count_exact: with the right number of atoms.
+    composition_exact: crystals decoded with every atom's species right; count_exact: with the right number of atoms;
+    crystals: how many there are, damaged samples left out.
     """
     places = list(range(engine.rank, len(val), engine.ranks))
-    sums = dict.fromkeys(VALIDATED, 0.0)  # all of them also on a rank that has no crystal: ranks add up in this order
+    # All of them also on a rank that has no crystal: ranks add up in this order.
+    sums = dict.fromkeys((*VALIDATED, "crystals"), 0.0)
     codec = Codec(engine.averaged())
     objective = Objective(codec.model, config.train, engine.device, torch.float32).eval()
     for chosen in _of_one_shape(places, val):
-        records = [val[place] for place in chosen]
+        found: dict[int, Record] = {}
+        for place in chosen:
+            with suppress(DamagedSample):
+                found[place] = val[place]
+        if not found:
+            continue
+        records = list(found.values())
+        sums["crystals"] += len(records)
         batch = collate(records).to(engine.device)
-        for name, value in _losses(config, engine, objective, batch, chosen).items():
+        for name, value in _losses(config, engine, objective, batch, list(found)).items():
             sums[name] += value * len(records)
         decoded = codec.crystals(codec.latents(batch.density_BCDHW, batch.cell_B6), [r.crystal.id for r in records])
-        for found, record in zip(decoded, records, strict=True):
-            if found.crystal is not None:
-                sums["count_exact"] += len(found.crystal) == len(record.crystal)
-                sums["composition_exact"] += found.crystal.composition == record.crystal.composition
-    totals = engine.total(torch.tensor([sums[name] for name in VALIDATED], dtype=torch.float64, device=engine.device))
-    return {f"val/{name}": total / len(val) for name, total in zip(VALIDATED, totals, strict=True)}
+        for made, record in zip(decoded, records, strict=True):
+            if made.crystal is not None:
+                sums["count_exact"] += len(made.crystal) == len(record.crystal)
+                sums["composition_exact"] += made.crystal.composition == record.crystal.composition
+    *totals, crystals = engine.total(torch.tensor(list(sums.values()), dtype=torch.float64, device=engine.device))
+    means = {f"val/{name}": total / max(crystals, 1.0) for name, total in zip(VALIDATED, totals, strict=True)}
+    return means | {"val/crystals": crystals}
 
 
 def _of_one_shape(places: list[int], val: ShardReader) -> Iterator[list[int]]:

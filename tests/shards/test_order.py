@@ -170,9 +170,9 @@ def test_a_million_samples_of_many_shapes_are_ordered_at_once(window: int) -> No
     shapes = [(8 * (i % 40), 8, 8) for i in range(10**6)]
     plan = make_plan(shapes, 64, window=window, per_shard=250)
     plan.counts.sum()
-    began = time.perf_counter()
+    began = time.process_time()
     plan.places(plan.steps_per_epoch)
-    assert time.perf_counter() - began < 1.5
+    assert time.process_time() - began < 1.5
 
 
 def test_a_split_without_a_full_batch_is_refused() -> None:

@@ -22,7 +22,7 @@ from dist_train.crystal.voxelize import voxelize
 from dist_train.errors import ShardError
 from dist_train.shards import reader as reading
 from dist_train.shards.index import Index
-from dist_train.shards.reader import ShardReader, check_shards
+from dist_train.shards.reader import ShardReader, check_shards, whole
 
 CRYSTALS = 22
 PER_SHARD = 8
@@ -116,6 +116,7 @@ def test_a_sample_that_is_not_what_the_index_says_is_named(index: Index, tmp_pat
     sample = index.shards[0].samples[0]
     read(index, shape=(16, 16, 8))
     read(index, members={name: (2**62, 5) for name in sample.members})
+    read(index, members={name: (0, 2**62) for name in sample.members})
     whole = ShardReader(index, "train")._members(index.shards[0], sample)
     read(index, members={"structure.json": sample.members["species.npy"]}, crc32=zlib.crc32(whole["species.npy"]))
     alone = write_real_shards(tmp_path, real_crystals(2), store="structures")
@@ -136,6 +137,16 @@ def test_damaged_sample_is_named_and_the_others_are_read(own_index: Index) -> No
     assert [reader.crystal(place).id for place in range(CRYSTALS) if place != 13] == [
         sample.id for place, (_, sample) in enumerate(own_index.samples("train")) if place != 13
     ]
+
+
+def test_what_is_whole_is_read_past_damage(own_index: Index) -> None:
+    for place in (0, 2):
+        damage(own_index, place)
+    reader = ShardReader(own_index, "train")
+    assert [r.crystal.id for r in whole(reader.__getitem__, range(5))] == [reader.entries[i][1].id for i in (1, 3, 4)]
+    assert whole(reader.crystal, ()) == []
+    with pytest.raises(ShardError, match=reader.entries[2][1].key):
+        whole(reader.crystal, (0, 2))
 
 
 @pytest.mark.parametrize("member", ["density.npy", "species.npy", "structure.json"])

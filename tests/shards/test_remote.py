@@ -110,14 +110,12 @@ def digest_of(index: Index) -> str:
 
 
 def held(root: Path) -> dict[str, int]:
-    """Bytes of the files of a cache by name."""
-    sizes = {}
-    for path in (root / CACHE_NAME).glob("*/*.t*"):
-        try:
-            sizes[path.name] = path.stat().st_size
-        except FileNotFoundError:
-            continue
-    return sizes
+    """Bytes of the files of a cache by name, while none is made or removed."""
+    locks = root / CACHE_NAME / "locks"
+    if not locks.exists():
+        return {}
+    with module._locked(locks / "room"):
+        return {path.name: size for _, size, path in module._files((root / CACHE_NAME).glob("*/*.t*"))}
 
 
 def gets(log: Path, bucket: str) -> Counter[str]:
@@ -250,17 +248,18 @@ def test_other_files_below_the_cache_dir_are_left_alone(memory: str, tmp_path: P
     assert all((tmp_path / name).exists() for name in ("shards/mine.tar", "mine.tar", f"{CACHE_NAME}/mine.txt"))
 
 
-def test_the_next_window_is_fetched_before_it_is_needed(memory: str, tmp_path: Path) -> None:
-    """Two of the six windows of a shard each are there while the first is read, and no third."""
-    index = Index.read(memory, tmp_path)
-    batches = batches_of(index, 3)
+@pytest.mark.parametrize(("window", "there"), [(3, 2), (9, 6)])
+def test_the_next_window_is_fetched_before_it_is_needed_and_no_third(
+    memory: str, tmp_path: Path, window: int, there: int
+) -> None:
+    """With batches of 2, the one that is read ahead furthest ends with the sixth sample."""
+    batches = batches_of(Index.read(memory, tmp_path), window)
     next(batches)
     until = time.monotonic() + WAIT_S
-    while len(held(tmp_path)) < 2 and time.monotonic() < until:
+    while len(held(tmp_path)) < there and time.monotonic() < until:
         time.sleep(0.01)
     time.sleep(0.3)
-    # Batches of 2: the one that is read ahead furthest, the third, ends with the second window.
-    assert len(held(tmp_path)) == 2
+    assert len([name for name in held(tmp_path) if not name.startswith(".")]) == there
     batches.close()  # type: ignore[attr-defined]
 
 
