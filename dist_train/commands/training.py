@@ -8,7 +8,6 @@ import logging
 import os
 import re
 import subprocess
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +16,14 @@ import torch
 from dist_train import __version__
 from dist_train.config import RunConfig, load_config
 from dist_train.crystal.cif import write_cif
-from dist_train.errors import CheckpointError, ConfigError, DistTrainError, ModelError
+from dist_train.errors import CheckpointError, ConfigError, ModelError
 from dist_train.figures import loss_curves, slices
 from dist_train.files import write_text
 from dist_train.generate import encode
 from dist_train.models.autoencoder import CrystalAutoencoder, Statistics, check_grid
 from dist_train.models.export import read_bundle, write_bundle
 from dist_train.models.reconstruct import Codec
+from dist_train.ranks import place
 from dist_train.shards.index import Index
 from dist_train.shards.reader import ShardReader, collate
 from dist_train.training.checkpoint import Checkpoints
@@ -45,14 +45,8 @@ FIGURE_CRYSTALS = 4
 
 def train(config: RunConfig) -> str:
     """Train (or resume) in this process, one rank of possibly many; returns a summary for rank 0, '' for others."""
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    try:
-        index = check_training(config, ranks)
-    except DistTrainError:
-        if rank:
-            # All ranks find the same fault; rank 0 tells it, and its exit makes the launcher end this one.
-            time.sleep(10)
-        raise
+    rank, ranks = place()
+    index = check_training(config, ranks)
     _be_deterministic()
     if config.engine.name == "deepspeed":
         from dist_train.backends.deepspeed_engine import init_process_group
