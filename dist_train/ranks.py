@@ -17,6 +17,8 @@ MEETING = ("MASTER_ADDR", "MASTER_PORT")
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 CARRIED = r"^((MLFLOW|AWS|DS|OMP|MKL|GLOO|NCCL|TORCH)_\w+|(http|https|no)_proxy|(HTTP|HTTPS|NO)_PROXY)="
 """Which variables, as NAME=value, ranks on other nodes get from the launcher's environment."""
+REQUEUE = 85
+"""Exit code of ranks that saved a checkpoint because of a signal: whoever started the job shall start it again."""
 RANK_0_TELLS_S = 10.0
 ENVIRONMENT, EXIT_CODE = "environment", "exit_code"
 """Files of a launch folder: variables for the ranks, NUL-separated; and how rank 0 ended."""

@@ -20,7 +20,7 @@ from dist_train.commands.training import check_training
 from dist_train.config import RunConfig, load_config
 from dist_train.errors import ConfigError
 from dist_train.node import port_fault
-from dist_train.ranks import CARRIED, ENVIRONMENT, EXIT_CODE
+from dist_train.ranks import CARRIED, ENVIRONMENT, EXIT_CODE, REQUEUE
 
 Launcher = Literal["deepspeed", "torchrun", "slurm"]
 CONNECT_S = 5
@@ -61,22 +61,17 @@ class Plan:
 
     def shell(self) -> str:
         """The same for a terminal (bash): commands that can be pasted; values of variables that it inherits don't show."""
-        folder, remote = shlex.quote(str(self.folder)), []
+        folder = shlex.quote(str(self.folder))
+        lines = [f"cd {shlex.quote(os.getcwd())} && rm -rf {folder} && mkdir -p {folder} || exit 2"]
         if self.hosts:
-            remote = [
-                "  (umask 077",
-                f"  cat > {folder}/run.yaml <<'END'\n{self.config_text}END",
-                f"  env -0 | grep -zE '{CARRIED}' > {folder}/{ENVIRONMENT})",
-                # DeepSpeed would put their values on command lines.
-                "  unset ${!MLFLOW_@}",
+            lines += [
+                f"trap 'rm -f {folder}/{ENVIRONMENT}' EXIT",
+                f"(umask 077 && cat > {folder}/run.yaml && env -0 | grep -zE '{CARRIED}' > {folder}/{ENVIRONMENT}) <<'END'",
+                f"{self.config_text}END",
+                "unset ${!MLFLOW_@}  # DeepSpeed would put them on command lines; the ranks read them from that file",
             ]
-        exports = [f"  export {name}={shlex.quote(value)}" for name, value in self.environment.items()]
-        start = [
-            f"  cd {shlex.quote(os.getcwd())} && rm -rf {folder} && mkdir -p {folder} || exit 2", *remote, *exports,
-            f"  trap 'rm -f {folder}/{ENVIRONMENT}' EXIT",
-            f"  {shlex.join(self.command)}",
-        ]  # fmt: skip
-        return "\n".join(["(", *start, ")"])
+        lines += [f"export {name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return "\n".join(["(", *lines, shlex.join(self.command), ")"])
 
 
 def make_plan(options: LaunchOptions) -> Plan:
@@ -280,23 +275,25 @@ def slurm_script(options: LaunchOptions) -> str:
     chosen = ["--config", str(options.config)] if options.config else []
     train = shlex.join([sys.executable, "-m", "dist_train", "train", *chosen, *settings])
     cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
-    return f"""#!/bin/bash
-#SBATCH --job-name=dist-train
-#SBATCH --nodes={nodes}
-#SBATCH --ntasks-per-node={share}
-{"" if cpu else "#" + f"SBATCH --gpus-per-node={share}"}
-#SBATCH --signal=USR1@{SLURM_WARNING_S}
-#SBATCH --requeue
-#SBATCH --open-mode=append
-# Limits and partition: as options of sbatch, or SBATCH_TIMELIMIT, SBATCH_PARTITION. Every node sees the same files.
-{"export DS_ACCELERATOR=cpu" if cpu else ""}
-cd {shlex.quote(os.getcwd())} || exit 2
-srun --kill-on-bad-exit=1 {train}
-code=$?
-# {SLURM_WARNING_S} s before the time limit the ranks get SIGUSR1, save a checkpoint and leave with 85: to be taken up again.
-if [ "$code" -eq 85 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
-exit "$code"
-"""
+    lines = [
+        "#!/bin/bash",
+        "#SBATCH --job-name=dist-train",
+        f"#SBATCH --nodes={nodes}",
+        f"#SBATCH --ntasks-per-node={share}",
+        *([] if cpu else [f"#SBATCH --gpus-per-node={share}"]),
+        f"#SBATCH --signal=USR1@{SLURM_WARNING_S}",
+        "#SBATCH --requeue",
+        "#SBATCH --open-mode=append",
+        "# More options, as time limit and partition: to sbatch itself, or as SBATCH_TIMELIMIT, SBATCH_PARTITION.",
+        f"cd {shlex.quote(os.getcwd())} || exit 2",
+        *(["export DS_ACCELERATOR=cpu"] if cpu else []),
+        f"srun --kill-on-bad-exit=1 {train}",
+        "code=$?",
+        f"# The ranks get SIGUSR1 {SLURM_WARNING_S} s before the time limit, save a checkpoint and leave with {REQUEUE}.",
+        f'if [ "$code" -eq {REQUEUE} ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
+        'exit "$code"',
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def submit(script: str) -> str:
@@ -311,5 +308,5 @@ def submit(script: str) -> str:
 
 def print_of(plan: Plan) -> str:
     """What --print shows."""
-    where = f"on {len(plan.hosts)} hosts" if plan.hosts else "on this machine"
-    return f"# the ranks {where}, for bash; rank 0 leaves its exit code in {plan.folder / EXIT_CODE}\n{plan.shell()}"
+    where = ", ".join(plan.hosts) or "this machine"
+    return f"# For bash: ranks on {where}. Rank 0 leaves its exit code in {plan.folder / EXIT_CODE}.\n{plan.shell()}"

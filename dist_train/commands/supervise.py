@@ -14,10 +14,8 @@ from pathlib import Path
 
 from dist_train.commands.launch import Plan, check_hosts, in_parallel, on_host
 from dist_train.node import send
-from dist_train.ranks import EXIT_CODE, PLACE, hand_over
+from dist_train.ranks import EXIT_CODE, PLACE, REQUEUE, hand_over
 
-REQUEUE = 85
-"""The ranks saved a checkpoint because of a signal; whoever started the job shall start it again."""
 FINAL = {0, 2, REQUEUE, 130}
 """Exit codes after which the same command would not do better: done, the user's fault, requeue, interrupted."""
 GRACE_S = 120.0
