@@ -7,9 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
@@ -18,6 +20,8 @@ from small_run import ROOT, small_config, write_small_shards
 
 from dist_train.training.tracker import read_spool
 
+T = TypeVar("T")
+Listed = Callable[[], Iterable[psutil.Process]]
 LIMIT_S = 240
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -95,18 +99,34 @@ def assert_same_training(run: Path, other: Path) -> None:
     assert set(losses(run)) == set(range(1, 13))
 
 
-def members(folder: Path, processes: Iterator[psutil.Process] | None = None) -> dict[psutil.Process, int | None]:
+def members(run: Path, listed: Listed = psutil.process_iter) -> dict[psutil.Process, int | None]:
     """The living processes of a launch, by its folder among their arguments, with their ranks (None: a launcher)."""
     found: dict[psutil.Process, int | None] = {}
-    for process in processes or psutil.process_iter():
+    for process in listed():
         with suppress(psutil.Error):
-            if str(folder / ".launch") in process.cmdline():
+            if str(run / ".launch") in process.cmdline():
                 rank = process.environ().get("RANK")
                 found[process] = None if rank is None else int(rank)
     return found
 
 
-def rank_process(folder: Path, rank: int, processes: Iterator[psutil.Process] | None = None) -> psutil.Process:
-    """The process of one rank."""
-    (found,) = [process for process, number in members(folder, processes).items() if number == rank]
+def rank_at_step(
+    run: Path,
+    step: int,
+    launcher: subprocess.Popen[str],
+    listed: Callable[[], Iterable[psutil.Process]] = psutil.process_iter,
+) -> psutil.Process:
+    """The process of rank 1, as soon as the checkpoint of a step is there."""
+    found = wait_until(lambda: [p for p, rank in members(run, listed).items() if rank == 1], launcher, poll_s=0.2)
+    wait_until((run / "checkpoints" / f"step_{step:08d}" / "COMPLETE").exists, launcher)
+    return found[0]
+
+
+def wait_until(condition: Callable[[], T], process: subprocess.Popen[str], poll_s: float = 0.002) -> T:
+    """Poll until a condition holds, and what it is then; fails when that takes too long, or the process ends before."""
+    deadline = time.monotonic() + LIMIT_S
+    while not (found := condition()):
+        assert process.poll() is None, "it ended early:\n" + "".join(process.communicate())
+        assert time.monotonic() < deadline
+        time.sleep(poll_s)
     return found

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from backends.processes import wait_until
 from launching import (
     LIMIT_S,
     assert_same_training,
@@ -21,7 +20,7 @@ from launching import (
     free_port,
     launch_command,
     members,
-    rank_process,
+    rank_at_step,
     started,
 )  # fmt: skip
 from small_run import ROOT
@@ -145,9 +144,8 @@ def test_the_slurm_script_in_the_repository_is_what_is_printed(
 def test_a_killed_rank_is_started_again_and_changes_nothing(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = launch_command(config, "--ranks", "2", "--restarts", "1", run_dir=run)
-    with started(command, MLFLOW_TRACKING_PASSWORD="secret") as process:
-        wait_until((run / "checkpoints" / "step_00000004" / "COMPLETE").exists, process)
-        rank_process(run, 1).send_signal(signal.SIGKILL)
+    with started(command) as process:
+        rank_at_step(run, 4, process).send_signal(signal.SIGKILL)
         out, err = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, err
     assert "starting them again" in err
