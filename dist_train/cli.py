@@ -261,7 +261,7 @@ def _launch(options: argparse.Namespace) -> str:
     plan = make_plan(wanted)
     if options.print:
         return print_of(plan)
-    if code := run(plan, _load(options).data.shards, options.restarts):
+    if code := run(plan, options.restarts):
         raise SystemExit(code)
     return ""
 

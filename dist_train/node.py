@@ -12,12 +12,14 @@ from typing import Any
 
 import psutil
 
+GPUS = Path("/proc/driver/nvidia/gpus")
 
-def check(paths: list[str], master: str, port: int | None, gloo: bool) -> dict[str, Any]:
+
+def check(paths: list[str], ranks: int, master: str, port: int | None, alone: bool) -> dict[str, Any]:
     """What is wrong with this node for a training, and which machine it is.
 
-    Looks for paths, resolves the master's address, listens on a port (where it is the master), and, where gloo connects
-    the ranks, whether the node's own name leads to an address that others reach.
+    Looks for paths, resolves the master's address and listens on a port (where it is the master). A GPU for each rank is
+    wanted where there are any; without them gloo connects the nodes, by the address that a node's own name has there.
     """
     faults = [f"{path} is not there: put it at the same path on all nodes" for path in paths if not os.path.exists(path)]
     try:
@@ -26,7 +28,10 @@ def check(paths: list[str], master: str, port: int | None, gloo: bool) -> dict[s
         faults.append(f"the address {master} of rank 0 is unknown there ({error.strerror}): give --master-addr")
     if port is not None and (fault := port_fault(port)):
         faults.append(f"port {port} can't be used ({fault}): give another --port")
-    if gloo and not os.environ.get("GLOO_SOCKET_IFNAME") and (address := _own_address()).startswith("127."):
+    gpus = len(list(GPUS.glob("*")))
+    if 0 < gpus < ranks:
+        faults.append(f"{ranks} slots on {gpus} GPUs: a rank needs a GPU of its own; lower its slots")
+    if not (gpus or alone) and not os.environ.get("GLOO_SOCKET_IFNAME") and (address := _own_address()).startswith("127."):
         name = socket.gethostname()
         faults.append(f"its own name {name} is {address} there: set GLOO_SOCKET_IFNAME to the interface between nodes")
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

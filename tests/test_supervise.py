@@ -45,7 +45,7 @@ from dist_train.commands.launch import Plan
 from dist_train.commands.supervise import run
 folder = pathlib.Path(sys.argv[1]) / ".launch"
 plan = Plan((sys.executable, *sys.argv[3:5], str(folder), sys.argv[2]), {}, folder, "127.0.0.1", 1)
-sys.exit(run(plan, folder, 1))
+sys.exit(run(plan, 1))
 """
 
 

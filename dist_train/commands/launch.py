@@ -10,9 +10,9 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,7 +56,10 @@ class Plan:
     folder: Path
     master: str
     port: int
-    hosts: tuple[str, ...] = ()
+    hosts: dict[str, int] = field(default_factory=dict)
+    """Ranks of each host of a hostfile; empty for this machine."""
+    paths: tuple[str, ...] = ()
+    """What every host must have."""
     config_text: str = ""
 
     def shell(self) -> str:
@@ -192,7 +195,9 @@ def _plan_of_nodes(options: LaunchOptions, config: RunConfig, folder: Path, host
         "--module", "dist_train", "train", "--config", f"{folder}/run.yaml", "--launch-dir", str(folder),
     )  # fmt: skip
     ssh = {name: os.environ[name] for name in ("PDSH_SSH_ARGS_APPEND",) if name in os.environ}
-    return Plan(command, ssh, folder, master, port, tuple(hosts), config.to_yaml())
+    needed = (Path.cwd(), config.data.shards, config.engine.deepspeed_json, folder / "run.yaml")
+    paths = tuple(str(path.absolute()) for path in needed if path)
+    return Plan(command, ssh, folder, master, port, hosts, paths, config.to_yaml())
 
 
 def _check_env_files() -> None:
@@ -225,14 +230,13 @@ def on_host(host: str, task: str, **arguments: Any) -> subprocess.CompletedProce
         return subprocess.CompletedProcess(command, 255, "", f"no answer in {CHECK_S} s")
 
 
-def check_hosts(plan: Plan, shards: Path) -> None:
+def check_hosts(plan: Plan) -> None:
     """Raise ConfigError, naming every host that ssh can't reach or that lacks something."""
-    paths = [os.getcwd(), str(shards.absolute()), f"{plan.folder}/run.yaml"]
-    gloo = len(plan.hosts) > 1 and not gpus()
+    first, alone = next(iter(plan.hosts)), len(plan.hosts) == 1
 
     def check(host: str) -> subprocess.CompletedProcess[str]:
-        port = plan.port if host == plan.hosts[0] else None
-        return on_host(host, "check", paths=paths, master=plan.master, port=port, gloo=gloo)
+        port, ranks = plan.port if host == first else None, plan.hosts[host]
+        return on_host(host, "check", paths=plan.paths, ranks=ranks, master=plan.master, port=port, alone=alone)
 
     faults, machines = [], dict[str, str]()
     for host, answer in zip(plan.hosts, in_parallel(check, plan.hosts), strict=True):
@@ -248,7 +252,7 @@ def check_hosts(plan: Plan, shards: Path) -> None:
 
 
 def in_parallel(
-    task: Callable[[str], subprocess.CompletedProcess[str]], hosts: tuple[str, ...]
+    task: Callable[[str], subprocess.CompletedProcess[str]], hosts: Iterable[str]
 ) -> list[subprocess.CompletedProcess[str]]:
     """What a task gives for each host, 32 at a time."""
     with ThreadPoolExecutor(32) as pool:

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 from dist_train.commands.launch import Plan, check_hosts, in_parallel, on_host
 from dist_train.node import send
@@ -23,11 +22,11 @@ GRACE_S = 120.0
 POLL_S = 0.2
 
 
-def run(plan: Plan, shards: Path, restarts: int) -> int:
+def run(plan: Plan, restarts: int) -> int:
     """Run a plan, up to `restarts` times again after a rank was killed; returns the exit code."""
     with _signals() as received, _folder(plan):
         if plan.hosts:
-            check_hosts(plan, shards)
+            check_hosts(plan)
         for again in range(restarts, -1, -1):
             if received.seen:
                 return 128 + received.seen[-1]
