@@ -19,7 +19,7 @@ _USERS_FAULTS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb. Exit codes: 0 done, 2 an error that the user can mend (one message), 130 interrupted."""
+    """Run one verb. Exit codes: 0 done, 2 an error that the user can mend (one message), 85 start again, 130 interrupted."""
     options = make_parser().parse_args(arguments)
     code = _run(options)
     if folder := getattr(options, "launch_dir", None):
@@ -33,7 +33,7 @@ def _run(options: argparse.Namespace) -> int:
     try:
         text = options.run(options)
     except DistTrainError as error:
-        return _fail(str(error))
+        return _fail(str(error), error.exit_code)
     except OSError as error:
         if error.errno not in _USERS_FAULTS or not error.filename:
             raise

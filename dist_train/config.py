@@ -214,6 +214,8 @@ class TrainConfig(Section):
     """Passes over the training split; each drops the crystals beyond the last full global batch."""
     global_batch_size: Count = 64
     """Crystals a step over all ranks; must be divisible by the number of ranks."""
+    micro_batch_size: Count | None = None
+    """Crystals a rank takes at once, a divisor of its share; gradients add up over these. null takes its whole share."""
     unet_share: Annotated[float, Field(gt=0, le=1)] = 0.25
     """Share of each rank's crystals that the U-Net sees in a step (it costs far more than the VAE)."""
     background_ratio: Positive = 3.0
@@ -228,19 +230,22 @@ class TrainConfig(Section):
     """Largest norm of the gradient over all parameters."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """Decay of the average of the weights that is validated and exported; 0 takes the last weights."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Number format of the forward and backward pass; weights are kept in fp32 beside it."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Number format of the forward and backward pass; weights are kept in fp32 beside it. fp16, with a dynamic loss scale,
+    is for GPUs under DeepSpeed."""
     loss: LossWeights = LossWeights()
     max_nonfinite: Count = 10
     """Steps in a row with a non-finite loss or gradient, skipped on all ranks together, before the run stops."""
     log_every: Count = 10
     """Steps between two records of the metrics."""
-    validate_every: Count = 200
+    validate_every: Count = 250
     """Steps between two passes over the validation split; the last step always has one."""
     checkpoint_every: Count = 500
-    """Steps between two checkpoints; the last step always has one."""
+    """Steps between two checkpoints; the last step always has one. A multiple of validate_every lets the best be kept."""
     keep_checkpoints: Count = 2
-    """Latest checkpoints kept."""
+    """Latest checkpoints kept, besides the one with the lowest validation loss."""
+    watchdog_seconds: Positive = 1800.0
+    """A step, or a pass over the validation split, that takes longer ends the job; every rank tells where it stands."""
     stop_after_step: Count | None = None
     """Stop with a checkpoint after this step, as at an interruption; a later start resumes from there."""
 

@@ -2,7 +2,9 @@
 
 
 class DistTrainError(Exception):
-    """Root of every error that the command line reports in one line with exit code 2."""
+    """Root of every error that the command line reports in one line, with this exit code."""
+
+    exit_code = 2
 
 
 class ConfigError(DistTrainError):
@@ -27,3 +29,15 @@ class CheckpointError(DistTrainError):
 
 class ModelError(DistTrainError):
     """A model bundle or registry entry that is missing, damaged or doesn't fit the crystals."""
+
+
+class Interrupted(DistTrainError):
+    """A training that was asked to stop, has saved where it is, and goes on when it is started again."""
+
+    exit_code = 85
+
+
+class OutOfMemory(DistTrainError):
+    """A device that is too small for a forward pass; started again at once, the training takes half as much at a time."""
+
+    exit_code = 86

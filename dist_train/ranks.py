@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dist_train.errors import ConfigError, DistTrainError
+from dist_train.errors import ConfigError, DistTrainError, Interrupted
 
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 """What every launcher tells its ranks; one of these alone is a mistake."""
@@ -17,8 +17,6 @@ MEETING = ("MASTER_ADDR", "MASTER_PORT")
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 CARRIED = r"^((MLFLOW|AWS|DS|OMP|MKL|GLOO|NCCL|TORCH)_\w+|(http|https|no)_proxy|(HTTP|HTTPS|NO)_PROXY)="
 """Which variables, as NAME=value, ranks on other nodes get from the launcher's environment."""
-REQUEUE = 85
-"""Exit code of ranks that saved a checkpoint because of a signal: whoever started the job shall start it again."""
 RANK_0_TELLS_S = 10.0
 ENVIRONMENT, EXIT_CODE = "environment", "exit_code"
 """Files of a launch folder: variables for the ranks, NUL-separated; and how rank 0 ended."""
@@ -78,18 +76,23 @@ def first_host(nodes: str) -> str:
 
 @contextmanager
 def told_once(folder: Path | None = None) -> Iterator[None]:
-    """Let rank 0 tell a fault that all ranks find; its exit makes the launcher end the others, which wait here.
+    """Let rank 0 tell what all ranks find: that they were asked to stop, or a fault of the user.
 
-    Ranks on other nodes are not ended by it: those find in the launch folder that rank 0 has told it.
+    After a fault the launcher ends the other ranks, but for those on other nodes: these find in the launch folder that
+    rank 0 has told it.
     """
     names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
     try:
         yield
-    except DistTrainError:
+    except DistTrainError as error:
         if next((os.environ[name] for name in names if os.environ.get(name)), "0") != "0":
-            time.sleep(RANK_0_TELLS_S)
-            if folder and (folder / EXIT_CODE).exists():
-                raise SystemExit(2) from None
+            if error.exit_code == Interrupted.exit_code:
+                # Any code but 0 makes a launcher end rank 0, which is still at its last work, and speak of a failure.
+                raise SystemExit(0) from None
+            if error.exit_code == DistTrainError.exit_code:
+                time.sleep(RANK_0_TELLS_S)
+                if folder and (folder / EXIT_CODE).exists():
+                    raise SystemExit(error.exit_code) from None
         raise
 
 

@@ -13,7 +13,7 @@ import pytest
 from launching import errors, started
 
 from dist_train import ranks
-from dist_train.errors import ConfigError
+from dist_train.errors import ConfigError, Interrupted
 from dist_train.ranks import first_host, hand_over, place, take_environment, tell_exit, told_once
 
 LAUNCHED = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node-1", "MASTER_PORT": "1234"}
@@ -124,6 +124,14 @@ def test_a_rank_of_another_node_is_silent_when_rank_0_has_told(
     with pytest.raises(SystemExit if told else ConfigError), told_once(tmp_path):
         raise ConfigError("a fault")
     assert time.monotonic() - began >= 0.1
+
+
+def test_other_ranks_leave_without_a_word_when_all_were_asked_to_stop(environment: dict[str, str]) -> None:
+    for rank, raised in (("1", SystemExit), ("0", Interrupted)):
+        environment["RANK"] = rank
+        with pytest.raises(raised) as caught, told_once():
+            raise Interrupted("asked to stop")
+    assert getattr(caught.value, "exit_code", None) == 85
 
 
 def test_variables_are_handed_over_whole_and_to_this_user_alone(environment: dict[str, str], tmp_path: Path) -> None:

@@ -114,6 +114,18 @@ def test_ranks_whose_launcher_was_killed_are_ended_and_started_again(tmp_path: P
 
 
 @pytest.mark.timeout(60)
+def test_a_run_that_another_launch_trains_is_left_alone(tmp_path: Path) -> None:
+    with supervised(tmp_path, "wait") as process:
+        ready(tmp_path, process)
+        with supervised(tmp_path, "wait") as second:
+            _, err = second.communicate(timeout=30)
+        assert f"3 processes of another launch still train in {tmp_path}" in err
+        assert process.poll() is None
+        assert (tmp_path / ".launch").exists()
+    assert begun(tmp_path) == 2
+
+
+@pytest.mark.timeout(60)
 def test_restarts_end_and_pass_the_code_on(tmp_path: Path) -> None:
     with supervised(tmp_path, "wait") as process:
         for attempt in (1, 2):

@@ -2,27 +2,49 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import warnings
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from dist_train.config import RunConfig
 from dist_train.errors import ConfigError, DistTrainError
-from dist_train.models.autoencoder import CrystalAutoencoder, CrystalBatch
-from dist_train.models.objectives import JointObjective, Noise
+from dist_train.models.autoencoder import CrystalAutoencoder
 from dist_train.ranks import place
-from dist_train.training.checkpoint import load_tensors
-from dist_train.training.engine import StepResult, WeightAverage, check_batch, make_optimizer
+from dist_train.training.engine import (
+    MOMENTS,
+    ClippedAdamW,
+    Engine,
+    Part,
+    Piece,
+    StepResult,
+    check_batch,
+    parameter_groups,
+    plain_pieces,
+    set_updates,
+    with_state,
+)
+
+T = TypeVar("T")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What DeepSpeed's dynamic loss scale consists of."""
+SIDE_TIMEOUT = timedelta(hours=6)
+"""A rank may write its part of a checkpoint much faster than another."""
 
 OWNED_KEYS = {
     "train_batch_size": "train.global_batch_size",
-    "train_micro_batch_size_per_gpu": "train.global_batch_size",
-    "gradient_accumulation_steps": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.micro_batch_size",
+    "managed_gradient_accumulation": "train.micro_batch_size",
+    "data_types": "train.precision",
     "gradient_clipping": "train.gradient_clip",
     "bf16": "train.precision",
     "fp16": "train.precision",
@@ -33,7 +55,7 @@ OWNED_KEYS = {
 """Keys of a DeepSpeed JSON that RunConfig owns, and where each belongs."""
 
 
-ZERO_STAGES = (1, 2)
+ZERO_STAGES = (0, 1, 2, 3)
 
 
 def init_process_group() -> tuple[int, int]:
@@ -72,78 +94,138 @@ def deepspeed_config(config: RunConfig, ranks: int) -> dict[str, Any]:
             raise ConfigError(f"engine.deepspeed_json {path} can't be read: {error}") from None
     if not isinstance(extra, dict):
         raise ConfigError(f"engine.deepspeed_json {path} holds a {type(extra).__name__}, not an object")
-    extra.setdefault("zero_optimization", {"stage": 1})
-    stage = extra["zero_optimization"].get("stage")
-    if stage not in ZERO_STAGES:
-        # Stage 0 applies a non-finite gradient without a word; stage 3 leaves no whole weights to average or export.
-        raise ConfigError(f"{path} sets ZeRO stage {stage}; this program runs {list(ZERO_STAGES)}")
     for key in extra.keys() & OWNED_KEYS.keys():
         raise ConfigError(f"{path} sets {key!r}, which {OWNED_KEYS[key]} of the run file decides: remove it from {path}")
+    stage = extra.setdefault("zero_optimization", {}).setdefault("stage", 1)
+    if stage not in ZERO_STAGES:
+        raise ConfigError(f"{path} sets ZeRO stage {stage}, known are {', '.join(map(str, ZERO_STAGES))}")
+    precision = config.train.precision
+    if precision == "fp16" and not stage:
+        raise ConfigError("train.precision 'fp16' needs ZeRO stage 1 to 3, which keep float32 weights beside; set stage 1")
+    micro, batch = check_batch(config, ranks), config.train.global_batch_size
+    parts = batch // ranks // micro
     return {
         **extra,
-        "train_batch_size": config.train.global_batch_size,
-        "train_micro_batch_size_per_gpu": check_batch(config, ranks),
-        "gradient_clipping": config.train.gradient_clip,
-        "bf16": {"enabled": config.train.precision == "bf16"},
+        "train_batch_size": batch,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": parts,
+        # The train loop says where a step ends; many small gradients are added up in float32.
+        "managed_gradient_accumulation": False,
+        "data_types": {"grad_accum_dtype": "fp32" if parts > 1 else None},
+        # At stage 0 DeepSpeed would clip, but neither report the norm nor skip a step: ClippedAdamW does all three.
+        "gradient_clipping": config.train.gradient_clip if stage else 0.0,
+        # Stage 0 has no float32 weights beside those of the networks, so these stay float32.
+        "bf16": {"enabled": precision == "bf16" and stage > 0},
+        "torch_autocast": {"enabled": precision == "bf16" and stage == 0, "dtype": "bfloat16"},
+        "fp16": {"enabled": precision == "fp16"},
     }
 
 
-class DeepSpeedEngine:
-    """The Engine protocol on deepspeed.initialize; the process group must be there (`init_process_group`)."""
+class DeepSpeedEngine(Engine):
+    """The Engine on deepspeed.initialize; the process group must be there (`init_process_group`)."""
 
     def __init__(self, model: CrystalAutoencoder, config: RunConfig) -> None:
         import deepspeed
 
         self.rank, self.ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        self.objective = JointObjective(model.to(self.device), config.train, self.device, dtype)
-        self.average = WeightAverage(model, config.train.ema_decay)
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+        super().__init__(model, config, device, DTYPES[config.train.precision])
         settings = deepspeed_config(config, self.ranks)
-        self.layout = f"deepspeed, ZeRO {settings['zero_optimization']['stage']}, {self.ranks} ranks"
-        self.engine, *_ = deepspeed.initialize(
-            model=self.objective, optimizer=make_optimizer(model, config), config=settings
+        self.stage = settings["zero_optimization"]["stage"]
+        self.replicated = self.stage == 0
+        groups, train = parameter_groups(model, config), config.train
+        self.optimizer = (
+            ClippedAdamW(groups, train.learning_rate, train.gradient_clip)
+            if self.stage == 0
+            else torch.optim.AdamW(groups, lr=train.learning_rate)
         )
+        with redirect_stdout(io.StringIO()):  # where some stages print how much memory is in use
+            self.engine, *_ = deepspeed.initialize(model=self.objective, optimizer=self.optimizer, config=settings)
+        # Checkpoints are agreed on in a thread of their own, which must not mix with the collectives of training.
+        self.side = torch.distributed.new_group(backend="gloo", timeout=SIDE_TIMEOUT)
+        self.start()
 
-    def step(self, batch: CrystalBatch, noise: Noise, learning_rate: float) -> StepResult:
-        for group in self.engine.optimizer.param_groups:
+    def find_pieces(self) -> list[Piece]:
+        if self.stage == 0:
+            return plain_pieces(self.objective.model, self.optimizer)
+        find = self._partitions if self.stage == 3 else self._fragments
+        named = [(name, p) for name, p in self.objective.model.named_parameters() if p.requires_grad]
+        return [piece for name, parameter in named for piece in find(name, parameter)]
+
+    def _fragments(self, name: str, parameter: Any) -> Iterator[Piece]:
+        """Up to stage 2: the part of a parameter in this rank's run of all parameters of its group, laid end to end."""
+        if (mapping := parameter._hp_mapping) is not None:
+            (run,) = self.optimizer.param_groups[mapping.param_group_index]["params"]
+            state, where = with_state(self.optimizer, run), mapping.hp_fragment_address
+            tensors = (run.detach(), *(state[key] for key in MOMENTS))
+            yield Piece(name, mapping.lp_fragment_address.start, *(t.narrow(0, where.start, where.numel) for t in tensors))
+
+    def _partitions(self, name: str, parameter: Any) -> Iterator[Piece]:
+        """Stage 3: every parameter is cut into equal parts, the last of them filled up."""
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        for run in parameter._z3_optimizer.fp32_partitioned_groups_flat:
+            with_state(self.optimizer, run)
+        weight = safe_get_local_fp32_param(parameter).detach()
+        start = self.rank * len(weight)
+        size = min(len(weight), parameter.ds_numel - start)
+        if size > 0:
+            moments = (safe_get_local_optimizer_state(parameter, key) for key in MOMENTS)
+            yield Piece(name, start, *(t.narrow(0, 0, size) for t in (weight, *moments)))
+
+    def step(self, parts: Sequence[Part], learning_rate: float) -> StepResult:
+        for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        loss, parts = self.engine(batch.to(self.device), noise)
-        self.engine.backward(loss)
+        sums: list[Tensor] = []
+        for batch, noise in parts:
+            loss, named = self.engine(batch.to(self.device), noise)
+            self.engine.backward(loss / len(parts), scale_wrt_gas=False)
+            sums.append(torch.stack([loss.detach(), *named.values()]) / len(parts))
+        scale = self._scale()
         self.engine.step()
         applied = bool(self.engine.was_step_applied())
         if applied:
-            self.average.update()
-        # One tensor, so that a GPU is waited for once and not for each number.
-        figures = torch.stack([loss.detach(), *parts.values()]).double()
-        torch.distributed.all_reduce(figures)
-        means = (figures / self.ranks).tolist()
-        norm = self.engine.get_global_grad_norm()
-        return StepResult(
-            means[0], dict(zip(parts, means[1:], strict=True)), float("nan") if norm is None else float(norm), applied
-        )
+            self.average.update(self.updates)
+            self.updates += 1
+        loss, *values = torch.stack(sums).sum(0)
+        norm = float(self.engine.get_global_grad_norm())
+        found = dict(zip(named, values, strict=True))
+        return StepResult(loss, found, norm, applied, rescaled=not applied and self._scale() < scale)
 
-    def loss(self, batch: CrystalBatch, noise: Noise) -> tuple[Tensor, dict[str, Tensor]]:
-        found: tuple[Tensor, dict[str, Tensor]] = self.objective(batch.to(self.device), noise)
+    def refresh(self) -> None:
+        import deepspeed
+
+        set_updates(self.optimizer, self.updates)
+        parameters = dict(self.objective.model.named_parameters())
+        for name, value in self.whole([piece.weight for piece in self.pieces]):
+            with (
+                torch.no_grad(),
+                deepspeed.zero.GatheredParameters(parameters[name], modifier_rank=0, enabled=self.stage == 3),
+            ):
+                parameters[name].copy_(value)
+
+    def add_bits(self, tensor: Tensor) -> None:
+        torch.distributed.all_reduce(tensor.view(torch.int32))
+
+    def total(self, values: Tensor) -> list[float]:
+        torch.distributed.all_reduce(values)
+        return list(values.tolist())
+
+    def agree(self, value: T) -> list[T]:
+        found: list[Any] = [None] * self.ranks
+        torch.distributed.all_gather_object(found, value, group=self.side)
         return found
 
-    def total(self, values: list[float]) -> list[float]:
-        summed = torch.tensor(values, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(summed)
-        return list(summed.tolist())
+    def _scale(self) -> float:
+        return float(self.engine.optimizer.loss_scale) if self.dtype == torch.float16 else 1.0
 
-    def save(self, folder: Path) -> None:
-        self.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
-        if self.rank == 0:
-            torch.save(self.average.state(), folder / "average.pt")
+    def scaler(self) -> dict[str, Any]:
+        return {key: getattr(self.engine.optimizer.loss_scaler, key) for key in SCALER if self.dtype == torch.float16}
 
-    def load(self, folder: Path) -> None:
-        self.engine.load_checkpoint(str(folder), tag="deepspeed")
-        self.average.restore(load_tensors(folder / "average.pt", self.device))
-
-    def barrier(self) -> None:
-        torch.distributed.barrier()
+    def set_scaler(self, state: dict[str, Any]) -> None:
+        for key, value in state.items():
+            setattr(self.engine.optimizer.loss_scaler, key, value)
 
     def close(self) -> None:
         self.engine.destroy()

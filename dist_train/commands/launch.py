@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 from dist_train.commands.training import check_training
 from dist_train.config import RunConfig, load_config
-from dist_train.errors import ConfigError
+from dist_train.errors import ConfigError, Interrupted
 from dist_train.node import port_fault
-from dist_train.ranks import CARRIED, ENVIRONMENT, EXIT_CODE, REQUEUE
+from dist_train.ranks import CARRIED, ENVIRONMENT, EXIT_CODE
 
 Launcher = Literal["deepspeed", "torchrun", "slurm"]
 CONNECT_S = 5
@@ -278,7 +278,7 @@ def slurm_script(options: LaunchOptions) -> str:
     settings = [part for item in options.overrides for part in ("--set", item)]
     chosen = ["--config", str(options.config)] if options.config else []
     train = shlex.join([sys.executable, "-m", "dist_train", "train", *chosen, *settings])
-    cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
+    cpu, requeue = os.environ.get("DS_ACCELERATOR") == "cpu", Interrupted.exit_code
     lines = [
         "#!/bin/bash",
         "#SBATCH --job-name=dist-train",
@@ -293,8 +293,8 @@ def slurm_script(options: LaunchOptions) -> str:
         *(["export DS_ACCELERATOR=cpu"] if cpu else []),
         f"srun --kill-on-bad-exit=1 {train}",
         "code=$?",
-        f"# The ranks get SIGUSR1 {SLURM_WARNING_S} s before the time limit, save a checkpoint and leave with {REQUEUE}.",
-        f'if [ "$code" -eq {REQUEUE} ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
+        f"# The ranks get SIGUSR1 {SLURM_WARNING_S} s before the time limit, save a checkpoint and leave with {requeue}.",
+        f'if [ "$code" -eq {requeue} ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
         'exit "$code"',
     ]
     return "\n".join(lines) + "\n"

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from dist_train.commands.launch import Plan, check_hosts, in_parallel, on_host
+from dist_train.errors import Interrupted
 from dist_train.node import send
-from dist_train.ranks import EXIT_CODE, PLACE, REQUEUE, hand_over
+from dist_train.ranks import EXIT_CODE, PLACE, hand_over
 
-FINAL = {0, 2, REQUEUE, 130}
+FINAL = {0, 2, Interrupted.exit_code, 130}
 """Exit codes after which the same command would not do better: done, the user's fault, requeue, interrupted."""
 GRACE_S = 120.0
 """Time that ranks have to end after SIGTERM or SIGINT before they are killed."""
@@ -24,6 +25,11 @@ POLL_S = 0.2
 
 def run(plan: Plan, restarts: int) -> int:
     """Run a plan, up to `restarts` times again after a rank was killed; returns the exit code."""
+    if there := _send(plan, 0, ranks_only=False):
+        raise ConfigError(
+            f"{there} processes of another launch still train in {plan.folder.parent}; end them (pkill -f {plan.folder}), "
+            "or set run_dir to another folder"
+        )
     with _signals() as received, _folder(plan):
         if plan.hosts:
             check_hosts(plan)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
 import os
 import re
 import subprocess
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +19,7 @@ import torch
 from dist_train import __version__
 from dist_train.config import RunConfig, load_config
 from dist_train.crystal.cif import write_cif
-from dist_train.errors import CheckpointError, ConfigError, ModelError
+from dist_train.errors import CheckpointError, ConfigError, Interrupted, ModelError, OutOfMemory
 from dist_train.figures import loss_curves, slices
 from dist_train.files import write_text
 from dist_train.generate import encode
@@ -26,7 +29,7 @@ from dist_train.models.reconstruct import Codec
 from dist_train.ranks import place
 from dist_train.shards.index import Index
 from dist_train.shards.reader import ShardReader, collate
-from dist_train.training.checkpoint import Checkpoints
+from dist_train.training.checkpoint import Checkpoints, load, read_state
 from dist_train.training.engine import Engine, TorchEngine, check_batch
 from dist_train.training.loop import batch_plan, fit
 from dist_train.training.state import TrainState
@@ -41,10 +44,15 @@ PRIOR_SAMPLES = 20_000
 MIN_CELL_STD = 0.01
 """Least spread of the cell numbers: where all crystals share a number, the network's noise is scaled down to this."""
 FIGURE_CRYSTALS = 4
+MICRO_BATCH = "micro_batch_size"
+"""File of a run folder with the micro-batch that fits into the device, where that asked for did not."""
 
 
 def train(config: RunConfig) -> str:
-    """Train (or resume) in this process, one rank of possibly many; returns a summary for rank 0, '' for others."""
+    """Train (or resume) in this process, one rank of possibly many; returns a summary for rank 0, '' for others.
+
+    Raises OutOfMemory where one of several ranks ran out of memory: they have to be started again together.
+    """
     rank, ranks = place()
     index = check_training(config, ranks)
     _be_deterministic()
@@ -52,7 +60,41 @@ def train(config: RunConfig) -> str:
         from dist_train.backends.deepspeed_engine import init_process_group
 
         rank, ranks = init_process_group()
-    return _train_rank(config, index, rank)
+    while True:
+        try:
+            return _train_rank(_fitting(config, ranks), index, rank)
+        except torch.OutOfMemoryError as error:
+            told = _halve(config, ranks, str(error))
+        if ranks > 1:
+            raise OutOfMemory(told)
+        log.warning("%s", told)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _fitting(config: RunConfig, ranks: int) -> RunConfig:
+    """The config with the micro-batch that earlier starts of the run found to fit into the device."""
+    found = config.run_dir / MICRO_BATCH
+    return _with_micro(config, min(int(found.read_text()), check_batch(config, ranks))) if found.exists() else config
+
+
+def _with_micro(config: RunConfig, micro: int) -> RunConfig:
+    return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": micro})})
+
+
+def _halve(config: RunConfig, ranks: int, reason: str) -> str:
+    """Note half the micro-batch, or the next less that divides, for the next start; what to tell of it.
+
+    Raises OutOfMemory where there is none.
+    """
+    micro = check_batch(_fitting(config, ranks), ranks)
+    told = f"out of memory with {micro} crystals at a time ({reason.splitlines()[0]})"
+    for less in range(micro // 2, 0, -1):
+        with suppress(ConfigError):
+            check_batch(_with_micro(config, less), ranks)
+            write_text(config.run_dir / MICRO_BATCH, str(less))
+            return f"{told}; the run goes on from its newest checkpoint with {less}, the global batch unchanged"
+    raise OutOfMemory(f"{told}, and fewer can't be taken: use a smaller model or grid, or train.activation_checkpointing")
 
 
 def _be_deterministic() -> None:
@@ -68,6 +110,10 @@ def check_training(config: RunConfig, ranks: int) -> Index:
     if config.engine.name == "torch" and ranks > 1:
         raise ConfigError(f"engine.name 'torch' runs one process, {ranks} were started; set engine.name=deepspeed")
     check_batch(config, ranks)
+    if config.train.precision == "fp16" and not (config.engine.name == "deepspeed" and torch.cuda.is_available()):
+        raise ConfigError(
+            "train.precision 'fp16' needs a GPU and engine.name deepspeed; set train.precision to bf16 or fp32"
+        )
     check_grid(config.grid)
     config.check_halvings()
     if config.engine.name == "deepspeed":
@@ -92,7 +138,10 @@ def check_training(config: RunConfig, ranks: int) -> Index:
 
 def _check_same_run(config: RunConfig, before: RunConfig, run_dir: Path) -> None:
     """A run folder is continued only with the settings that decide its numbers; where to stop or log may change."""
-    free = {"stop_after_step", "log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "max_nonfinite"}
+    free = {
+        "stop_after_step", "log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "max_nonfinite",
+        "micro_batch_size", "watchdog_seconds",
+    }  # fmt: skip
 
     def deciding(run: RunConfig) -> dict[str, Any]:
         values = run.model_dump(mode="json", include={"seed", "grid", "model", "train"})
@@ -115,9 +164,12 @@ def _train_rank(config: RunConfig, index: Index, rank: int) -> str:
     checkpoints = Checkpoints(config.run_dir / "checkpoints", config)
     state = _first_state(config, index, engine, checkpoints)
     if rank:
-        fit(config, engine, reader, val, NoTracker(), checkpoints, state)
+        reached = fit(config, engine, reader, val, NoTracker(), checkpoints, state)
+        if reached.step == batch_plan(config, reader, rank, engine.ranks).steps:
+            engine.averaged()  # rank 0 makes the bundle of it, for which it needs the pieces of all
         engine.close()
         return ""
+    checkpoints.clean()
     plan = batch_plan(config, reader, rank, engine.ranks)
     if plan.never_seen:
         log.warning(
@@ -133,6 +185,13 @@ def _train_rank(config: RunConfig, index: Index, rank: int) -> str:
         done = reached.step == plan.steps
         summary = _finish(config, index, engine, reader, val, reached) if done else f"stopped after step {reached.step}"
         status = "FINISHED"
+    except Interrupted:
+        status = "KILLED"
+        raise
+    except torch.OutOfMemoryError:
+        if engine.ranks == 1:  # this process goes on, from there
+            checkpoints.wait()
+        raise
     finally:
         spool.close()
         pictures = [path for path in (config.run_dir / "figures",) if path.is_dir()]
@@ -171,20 +230,20 @@ def build_model(config: RunConfig, index: Index, reader: ShardReader) -> Crystal
 def _first_state(config: RunConfig, index: Index, engine: Engine, checkpoints: Checkpoints) -> TrainState:
     """The state of the newest checkpoint, or that of a new run. Raises CheckpointError where the data have changed."""
     digest = hashlib.sha256(json.dumps(engine.objective.model.config(), sort_keys=True).encode()).hexdigest()[:16]
-    fresh = TrainState(0, config.seed, index.digest, digest, engine.layout)
-    found = checkpoints.newest()
+    fresh = TrainState(0, config.seed, index.digest, digest, began=time.time())
+    found = engine.agree(checkpoints.newest() if engine.rank == 0 else None)[0]
     if found is None:
         if engine.rank == 0:
             _forget_other_data(config.run_dir, index.digest)
         return fresh
-    folder, state = found
-    for name in ("seed", "data_digest", "model_digest", "layout"):
+    state = read_state(found)
+    for name in ("seed", "data_digest", "model_digest"):
         if getattr(state, name) != getattr(fresh, name):
             raise CheckpointError(
-                f"checkpoint {folder} has the {name} {getattr(state, name)!r}, this run {getattr(fresh, name)!r}; "
+                f"checkpoint {found} has the {name} {getattr(state, name)!r}, this run {getattr(fresh, name)!r}; "
                 "start it as before, or set run_dir to a new folder"
             )
-    engine.load(folder / "engine")
+    load(engine, found)
     return state
 
 
@@ -219,8 +278,7 @@ def _finish(
     config: RunConfig, index: Index, engine: Engine, reader: ShardReader, val: ShardReader, state: TrainState
 ) -> str:
     """Rank 0, after the last step: the bundle with its prior, and the pictures."""
-    model = CrystalAutoencoder.from_config(engine.objective.model.config())
-    model.load_state_dict(engine.average.weights(), strict=False)
+    model = engine.averaged()
     codec = Codec(model)
     _fit_prior(codec, reader)
     about = {

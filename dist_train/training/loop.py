@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
 from dist_train.config import RunConfig
-from dist_train.errors import DistTrainError
+from dist_train.errors import DistTrainError, Interrupted
 from dist_train.models.autoencoder import CrystalBatch
-from dist_train.models.objectives import PARTS, Noise, step_noise
+from dist_train.models.objectives import PARTS, JointObjective, step_noise
 from dist_train.models.reconstruct import Codec
 from dist_train.progress import Progress
 from dist_train.shards.reader import BatchPlan, ShardReader, collate, train_batches
 from dist_train.training.checkpoint import Checkpoints
-from dist_train.training.engine import Engine, StepResult
+from dist_train.training.engine import Engine, Part, check_batch
+from dist_train.training.guard import StopRequest, Watchdog
+from dist_train.training.meter import Meter, reduce_step
 from dist_train.training.state import TrainState, learning_rate
 from dist_train.training.tracker import Tracker
 
@@ -30,31 +31,52 @@ def fit(
 ) -> TrainState:  # fmt: skip
     """Train from `state` to the last step (or `stop_after_step`) and return the state reached, checkpointed.
 
-    Raises DistTrainError after `max_nonfinite` steps in a row without a finite loss and gradient.
+    Raises DistTrainError after `max_nonfinite` steps in a row without a finite loss and gradient, and Interrupted, after a
+    checkpoint, where SIGTERM or SIGUSR1 was sent to any rank.
     """
     settings = config.train
     plan = batch_plan(config, train, engine.rank, engine.ranks)
     last = min(plan.steps, settings.stop_after_step or plan.steps)
-    meter = Meter(settings.global_batch_size)
-    in_a_row = 0
-    with Progress("train", plan.steps, "steps", state.step, shown=engine.rank == 0) as progress:
+    meter, shown = Meter(engine, settings.global_batch_size), {}
+    with (
+        Progress("train", plan.steps, "steps", state.step, shown=engine.rank == 0) as progress,
+        Watchdog(settings.watchdog_seconds) as watchdog,
+        StopRequest() as stop,
+    ):
         for step, batch in meter.timed(train_batches(train, plan, state.step, last)):
             rate = learning_rate(step, plan.steps, settings)
-            result = engine.step(batch, _noise(config, engine, step), rate)
-            state = replace(state, step=step + 1, skipped=state.skipped + (not result.applied))
-            in_a_row = 0 if result.applied else in_a_row + 1
-            if in_a_row >= settings.max_nonfinite:
-                raise DistTrainError(_nonfinite_message(in_a_row, step, train, plan))
-            meter.add(result)
-            progress.update(1, loss=f"{result.loss:.3f}", grad=f"{result.gradient_norm:.2f}", **meter.shown)
-            if state.step % settings.log_every == 0 or state.step == last:
-                tracker.log(state.step, {**meter.take(), "learning_rate": rate, "skipped": float(state.skipped)})
+            result = engine.step(list(_parts(config, engine, step, batch)), rate)
+            reduced = reduce_step(engine, result, stop.made)
+            state = replace(
+                state,
+                step=step + 1,
+                skipped=state.skipped + (not result.applied),
+                in_a_row=0 if result.applied else state.in_a_row + (not result.rescaled),
+                validation_loss=None,
+                useful_seconds=state.useful_seconds + meter.stepped(),
+            )
+            if state.in_a_row >= settings.max_nonfinite:
+                raise DistTrainError(_nonfinite_message(state.in_a_row, step, train, plan))
+            done = state.step == last or reduced.stop
+            if state.step % settings.log_every == 0 or done:
+                figures = {"train/loss": reduced.loss, **{f"train/{name}": value for name, value in reduced.parts.items()}}
+                figures |= {"gradient_norm": result.gradient_norm, "learning_rate": rate, "skipped": float(state.skipped)}
+                speed = meter.take(state)
+                tracker.log(state.step, figures | speed)
+                shown["samples/s"] = f"{speed['samples_per_second']:.1f}"
             if state.step % settings.validate_every == 0 or state.step == plan.steps:
-                figures = validate(config, engine, val)
-                tracker.log(state.step, figures)
-                meter.shown["val_exact"] = f"{figures['val/composition_exact']:.1%}"
-            if state.step % settings.checkpoint_every == 0 or state.step == last:
+                found = validate(config, engine, val)
+                tracker.log(state.step, found)
+                state = replace(state, validation_loss=found["val/loss"])
+                shown["val_exact"] = f"{found['val/composition_exact']:.1%}"
+            if state.step % settings.checkpoint_every == 0 or done:
                 checkpoints.save(engine, state)
+            progress.update(1, loss=f"{reduced.loss:.3f}", grad=f"{result.gradient_norm:.2f}", **shown)
+            watchdog.beat()
+            if reduced.stop:
+                checkpoints.wait()
+                raise Interrupted(f"asked to stop after step {state.step}; the same command goes on from there")
+        checkpoints.wait()
     return state
 
 
@@ -63,13 +85,15 @@ def batch_plan(config: RunConfig, train: ShardReader, rank: int, ranks: int) -> 
     return BatchPlan(train.shapes, config.train.global_batch_size, config.train.epochs, config.seed, rank, ranks)
 
 
-def _noise(config: RunConfig, engine: Engine, step: int) -> Noise:
-    """The noise of this rank's slice of a step's global batch."""
-    model, share = engine.objective.model, config.train.global_batch_size // engine.ranks
+def _parts(config: RunConfig, engine: Engine, step: int, batch: CrystalBatch) -> Iterator[Part]:
+    """This rank's slice of a step's global batch in parts of the size of a forward pass, each with its noise."""
+    model, share, micro = engine.objective.model, batch.size, check_batch(config, engine.ranks)
     assert isinstance(model.grid.shape, int)
-    positions = range(engine.rank * share, (engine.rank + 1) * share)
-    latent, shape = model.model.latent, model.grid.shape
-    return step_noise(config.seed, step, positions, config.train.unet_share, latent, shape, engine.device)
+    for start in range(0, share, micro):
+        positions = range(engine.rank * share + start, engine.rank * share + start + micro)
+        latent, shape = model.model.latent, model.grid.shape
+        noise = step_noise(config.seed, step, positions, config.train.unet_share, latent, shape, engine.device)
+        yield batch.rows(slice(start, start + micro)), noise
 
 
 def _nonfinite_message(in_a_row: int, step: int, train: ShardReader, plan: BatchPlan) -> str:
@@ -80,47 +104,6 @@ def _nonfinite_message(in_a_row: int, step: int, train: ShardReader, plan: Batch
     )
 
 
-@dataclass
-class Meter:
-    """What is recorded now and then: the last step's losses, and since the last record throughput and waiting for data.
-
-    The losses are of one step, not means of a window: a resumed run records the same numbers as an uninterrupted one.
-    """
-
-    global_batch: int
-    shown: dict[str, str] = field(default_factory=dict)
-    _results: list[StepResult] = field(default_factory=list)
-    _waited: float = 0.0
-    _since: float = field(default_factory=time.perf_counter)
-
-    def timed(self, batches: Iterable[tuple[int, CrystalBatch]]) -> Iterator[tuple[int, CrystalBatch]]:
-        """The batches, with the wait for each measured."""
-        iterator = iter(batches)
-        while True:
-            began = time.perf_counter()
-            item = next(iterator, None)
-            self._waited += time.perf_counter() - began
-            if item is None:
-                return
-            yield item
-
-    def add(self, result: StepResult) -> None:
-        self._results.append(result)
-
-    def take(self) -> dict[str, float]:
-        """The metrics of now."""
-        seconds, count, last = time.perf_counter() - self._since, len(self._results), self._results[-1]
-        figures = {
-            "train/loss": last.loss,
-            **{f"train/{name}": value for name, value in last.parts.items()},
-            "gradient_norm": last.gradient_norm,
-            "samples_per_second": count * self.global_batch / seconds,
-            "data_wait_percent": 100 * self._waited / seconds,
-        }
-        self._results, self._waited, self._since = [], 0.0, time.perf_counter()
-        return figures
-
-
 @torch.no_grad()
 def validate(config: RunConfig, engine: Engine, val: ShardReader) -> dict[str, float]:
     """Losses and decoded accuracy of the averaged weights on the validation split, shared out among the ranks.
@@ -129,28 +112,30 @@ def validate(config: RunConfig, engine: Engine, val: ShardReader) -> dict[str, f
     """
     places = list(range(engine.rank, len(val), engine.ranks))
     sums = dict.fromkeys(VALIDATED, 0.0)  # all of them also on a rank that has no crystal: ranks add up in this order
-    with engine.average.in_model():
-        codec = Codec(engine.objective.model)
-        for start in range(0, len(places), VALIDATION_BATCH):
-            chosen = places[start : start + VALIDATION_BATCH]
-            records = [val[place] for place in chosen]
-            batch = collate(records)
-            for name, value in _losses(config, engine, codec, batch, chosen).items():
-                sums[name] += value * len(records)
-            decoded = codec.crystals(codec.latents(batch.density_BCDHW, batch.cell_B6), [r.crystal.id for r in records])
-            for found, record in zip(decoded, records, strict=True):
-                if found.crystal is not None:
-                    sums["count_exact"] += len(found.crystal) == len(record.crystal)
-                    sums["composition_exact"] += found.crystal.composition == record.crystal.composition
-        engine.objective.train()
-    totals = engine.total([sums[name] for name in VALIDATED])
+    codec = Codec(engine.averaged())
+    objective = JointObjective(codec.model, config.train, engine.device, torch.float32).eval()
+    for start in range(0, len(places), VALIDATION_BATCH):
+        chosen = places[start : start + VALIDATION_BATCH]
+        records = [val[place] for place in chosen]
+        batch = collate(records).to(engine.device)
+        for name, value in _losses(config, engine, objective, batch, chosen).items():
+            sums[name] += value * len(records)
+        decoded = codec.crystals(codec.latents(batch.density_BCDHW, batch.cell_B6), [r.crystal.id for r in records])
+        for found, record in zip(decoded, records, strict=True):
+            if found.crystal is not None:
+                sums["count_exact"] += len(found.crystal) == len(record.crystal)
+                sums["composition_exact"] += found.crystal.composition == record.crystal.composition
+    totals = engine.total(torch.tensor([sums[name] for name in VALIDATED], dtype=torch.float64, device=engine.device))
     return {f"val/{name}": total / len(val) for name, total in zip(VALIDATED, totals, strict=True)}
 
 
-def _losses(config: RunConfig, engine: Engine, codec: Codec, batch: CrystalBatch, places: list[int]) -> dict[str, float]:
-    """Loss and parts of validation crystals at the posterior mean."""
-    model = codec.model
+def _losses(
+    config: RunConfig, engine: Engine, objective: JointObjective, batch: CrystalBatch, places: list[int]
+) -> dict[str, float]:
+    """Loss and parts of validation crystals at the posterior mean, in the number format of training."""
+    model = objective.model
     assert isinstance(model.grid.shape, int)
     noise = step_noise(config.seed, 0, places, 1.0, model.model.latent, model.grid.shape, engine.device)
-    loss, parts = engine.loss(batch, replace(noise, latent_BL=torch.zeros_like(noise.latent_BL)))
+    with torch.autocast(engine.device.type, engine.dtype, enabled=engine.dtype != torch.float32):
+        loss, parts = objective(batch, replace(noise, latent_BL=torch.zeros_like(noise.latent_BL)))
     return {"loss": float(loss), **{name: float(value) for name, value in parts.items()}}

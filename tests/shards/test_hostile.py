@@ -144,10 +144,11 @@ def test_what_is_good_among_them_is_accepted(told: dict[str, Any]) -> None:
     accepted = [id for id in told["accepted"] if not id.startswith("row-")]
     assert len(set(accepted)) == len(accepted)
     assert expected <= set(accepted)
-    others = set(accepted) - expected
+    # Only some versions of Python see that this member of a zip overlaps another.
+    others = set(accepted) - expected - {"zip/overlap.zip/x"}
     assert others == {
         *(f"tar/{name}.tar/last" for name in ("sparse", "pax_sparse", "pax_chain")),
-        *("tar/two_archives.tar/second", "zip/overlap.zip/x"),
+        "tar/two_archives.tar/second",
     }
     # Two good rows in each table of three with a bad one in the middle.
     assert told["accepted"].count("row-0") == told["accepted"].count("row-2") == 4

@@ -1,0 +1,98 @@
+"""What a run records of its own speed: samples, arithmetic, waiting, memory, and how much of its time was of use."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+
+from dist_train.training.engine import Engine, StepResult
+from dist_train.training.state import TrainState
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """A step's figures over all ranks: means of loss and parts, and whether any rank was asked to stop."""
+
+    loss: float
+    parts: dict[str, float]
+    stop: bool
+
+
+def reduce_step(engine: Engine, result: StepResult, stop: bool) -> Reduced:
+    """Bring a step's figures of all ranks together, in one vector, so that a GPU is waited for once."""
+    told = torch.tensor([float(stop)], dtype=torch.float64, device=engine.device)
+    values = torch.cat([torch.stack([result.loss, *result.parts.values()]).double().to(engine.device), told])
+    loss, *parts, stops = (value / engine.ranks for value in engine.total(values))
+    return Reduced(loss, dict(zip(result.parts, parts, strict=True)), stops > 0)
+
+
+@dataclass
+class Meter:
+    """Counts from one record to the next.
+
+    The losses of a record are of one step, not means of a window: a resumed run records the same numbers as an
+    uninterrupted one. flops: of forward and backward pass for one crystal; peak: FLOP a second of one device. Either may
+    be 0, when it isn't known.
+    """
+
+    engine: Engine
+    global_batch: int
+    flops: float = 0.0
+    peak: float = 0.0
+    _steps: int = 0
+    _waited: float = 0.0
+    _step_seconds: float = 0.0
+    _since: float = field(default_factory=time.perf_counter)
+    _wait_began: float = 0.0
+
+    def timed(self, batches: Iterable[T]) -> Iterator[T]:
+        """The batches, with the wait for each measured."""
+        iterator = iter(batches)
+        while True:
+            self._wait_began = time.perf_counter()
+            item = next(iterator, None)
+            self._waited += time.perf_counter() - self._wait_began
+            if item is None:
+                return
+            yield item
+
+    def stepped(self) -> float:
+        """Note the end of a step; the seconds that it took, the wait for its batch included."""
+        seconds = time.perf_counter() - self._wait_began
+        self._steps += 1
+        self._step_seconds += seconds
+        return seconds
+
+    def take(self, state: TrainState) -> dict[str, float]:
+        """Figures since the last call; memory and goodput since the start."""
+        now = time.perf_counter()
+        rate = self._steps * self.global_batch / (now - self._since)
+        figures = {
+            "samples_per_second": rate,
+            "samples_per_second_rank": rate / self.engine.ranks,
+            "data_wait_percent": 100 * self._waited / (now - self._since),
+            "step_seconds": self._step_seconds / max(self._steps, 1),
+            "memory_GiB": memory_GiB(self.engine.device),
+            "goodput_percent": 100 * min(1.0, state.useful_seconds / max(time.time() - state.began, 1e-9)),
+        }
+        if self.flops:
+            flops = rate / self.engine.ranks * self.flops
+            figures["tflops_rank"] = flops / 1e12
+            if self.peak:
+                figures["mfu_percent"] = 100 * flops / self.peak
+        self._steps, self._waited, self._step_seconds, self._since = 0, 0.0, 0.0, now
+        return figures
+
+
+def memory_GiB(device: torch.device) -> float:
+    """Most memory in use so far: of the device, or of this process on a CPU."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device) / 2**30)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
