@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from dist_train.commands.launch import Plan, check_hosts, in_parallel, on_host
-from dist_train.errors import Interrupted
+from dist_train.errors import ConfigError, Interrupted
 from dist_train.node import send
 from dist_train.ranks import EXIT_CODE, PLACE, hand_over
 
@@ -27,8 +27,8 @@ def run(plan: Plan, restarts: int) -> int:
     """Run a plan, up to `restarts` times again after a rank was killed; returns the exit code."""
     if there := _send(plan, 0, ranks_only=False):
         raise ConfigError(
-            f"{there} processes of another launch still train in {plan.folder.parent}; end them (pkill -f {plan.folder}), "
-            "or set run_dir to another folder"
+            f"{there} processes of another launch still train in {plan.folder.parent}; end that "
+            "launch, or set run_dir to another folder"
         )
     with _signals() as received, _folder(plan):
         if plan.hosts:
