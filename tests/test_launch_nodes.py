@@ -8,6 +8,7 @@ import stat
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -101,8 +102,11 @@ def test_two_nodes_stop_on_a_signal_go_on_after_a_kill_and_tell_no_secret(
         assert not members(run, hosts.processes)
         assert not handed_over.exists()
 
+    recorded = (run / "metrics.jsonl").stat().st_size
     with started(command, **environment) as process:
-        rank_at_step(run, 8, process, hosts.processes).send_signal(signal.SIGKILL)
+        rank_1 = rank_at_step(run, 4, process, hosts.processes)  # of the first start
+        wait_until(lambda: (run / "metrics.jsonl").stat().st_size > recorded, process)
+        rank_1.send_signal(signal.SIGKILL)
         out, err = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, err
     assert "starting them again" in err
@@ -156,7 +160,10 @@ def test_the_nodes_are_gone_when_the_tests_are_killed(tmp_path: Path) -> None:
     )
     with started([sys.executable, "-c", script, str(tmp_path)], PYTHONPATH=str(Path(__file__).parent)) as process:
         assert process.stdout
-        processes = [psutil.Process(int(word)) for word in process.stdout.readline().split()]
+        processes = []
+        for word in process.stdout.readline().split():
+            with suppress(psutil.NoSuchProcess):  # the end of the connection that looked whether sshd is there
+                processes.append(psutil.Process(int(word)))
         assert len(processes) >= 4
         process.kill()
         deadline = time.monotonic() + 20
