@@ -132,9 +132,9 @@ def test_the_slurm_script_in_the_repository_is_what_is_printed(
     assert main(["launch", "--config", str(other), *options]) == 0
     printed = capsys.readouterr().out
     for own, shown in (
-        (os.getcwd(), "/shared/dist_train"),
-        (sys.executable, "python"),
         (str(other), "launch/runs/demo.yaml"),
+        (sys.executable, "python"),  # before the folder that it may lie in
+        (os.getcwd(), "/shared/dist_train"),
     ):
         printed = printed.replace(own, shown)
     assert printed == kept
