@@ -115,7 +115,7 @@ def test_two_nodes_stop_on_a_signal_go_on_after_a_kill_and_tell_no_secret(
     assert_same_training(undisturbed_run.parent / "whole", run)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(2 * LIMIT_S)
 def test_hosts_that_can_not_be_used_are_told_at_once_and_by_name(hosts: TwoHosts, undisturbed_run: Path) -> None:
     run = hosts.folder / "only_on_node_1" / "run"
     options = ("--hostfile", hostfile(hosts, "node-1", "node-2", "also-node-1", "10.77.0.9"), "--port", "22")
