@@ -82,7 +82,7 @@ def _stages(table: Path, grid: GridSpec) -> tuple[int, dict[str, float]]:
         )
         rows, _ = distinct(result for part in range(len(chunks)) if (result := read_scan(work, part)))
         tasks = plan_shards(split_rows(rows, data)[0], data)
-        build = _seconds_of(lambda: [build_shard(task, data.shards, work, data, grid) for task in tasks])
+        build = _seconds_of(lambda: [build_shard(task, data.folder, work, data, grid) for task in tasks])
         crystals = [read_part(work, row) for row in rows]
         times["voxelising"] = _seconds_of(lambda: [voxelize(crystal, grid) for crystal in crystals])
         times["encoding and writing"] = build - times["voxelising"]

@@ -127,16 +127,23 @@ GRID_PRESETS: dict[str, dict[str, Any]] = {
 """Named starting points of a GridSpec; the paper's grids have 30 points over 0 to 10 A, end points included."""
 
 
+Place = Annotated[
+    Path | str, BeforeValidator(lambda given: given if isinstance(given, str) and "://" in given else Path(given))
+]
+"""A path, or a URL as it was written: a Path would take one of its two slashes."""
+
+
 class DataConfig(Section):
-    """What is read, how it is split, what the samples hold and where the shards lie."""
+    """What is read, how it is split, what the samples hold, where the shards lie, and how training reads them."""
 
     inputs: tuple[str, ...] = ()
     """Folders (searched recursively), globs and files: CIF, POSCAR, extxyz (also .gz), tar and zip archives of them, Parquet
     tables, folders of shards; on a disk or as fsspec URLs such as s3://bucket/folder."""
     licences: dict[str, str] = {}
     """Where inputs come from and under which licence, by their names in `inputs`; a line of dataset_card.md each."""
-    shards: Path = Path("runs/shards")
-    """Folder of the tar shards, `index.json`, `rejected.csv` and `dataset_card.md`."""
+    shards: Place = Path("runs/shards")
+    """Folder of the tar shards, `index.json`, `rejected.csv` and `dataset_card.md`. Training also reads them from an fsspec
+    URL such as s3://bucket/folder."""
     splits: dict[SplitName, Fraction] = {"train": 0.9, "val": 0.05, "test": 0.05}
     """Share of each split; a crystal goes by the hash of its reduced formula, so polymorphs stay together."""
     split_column: str | None = None
@@ -169,6 +176,26 @@ class DataConfig(Section):
     """CPUs that Ray reserves for each task."""
     memory_per_task_MB: Count | None = None
     """Memory that Ray reserves for each task; null reserves none."""
+    shuffle_window: Count = 2**16
+    """Training shuffles the order of the shards, then their samples in windows of at least this many, so that no more than
+    two windows need to be in memory (or in the cache) for fast reading; a smaller split is shuffled whole."""
+    reader_threads: Count = 2
+    """Threads of each rank that read batches ahead; at most one batch more than these is kept."""
+    max_damaged: Annotated[int, Field(ge=0)] = 100
+    """Damaged samples that a rank passes over, with weight 0 in every loss, before training stops; 0 stops at the first."""
+    cache_dir: Path | None = None
+    """Where the shards of a URL are kept while they are read, below its folder dist_train_shards; null is ~/.cache."""
+    cache_MB: Count = 50_000
+    """Most that all shards in there take up, in 10^6 bytes; those used least recently make room."""
+
+    @property
+    def folder(self) -> Path:
+        """`shards`, for who writes there. Raises ConfigError for a URL."""
+        if isinstance(self.shards, str):
+            raise ConfigError(
+                f"data.shards {self.shards} is a URL, which is only read: set it to a folder, then upload that"
+            )
+        return self.shards
 
     @model_validator(mode="after")
     def _whole(self) -> Self:

@@ -13,12 +13,13 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_train.config import RunConfig, TrackingConfig
 from dist_train.errors import ModelError
-from dist_train.training.tracker import read_spool
+from dist_train.training.tracker import read_on
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -61,7 +62,7 @@ class MlflowUploader:
         assert config.tracking.uri is not None
         self.config, self.spool, self.tags = config, spool, tags
         self.run_id: str | None = None
-        self.sent = 0
+        self._sent = 0  # bytes of the spool
         self._system: Any = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
@@ -103,12 +104,11 @@ class MlflowUploader:
         client = _client(self._uri)
         if self.run_id is None:
             self.run_id = self._open_run(client)
-        records = list(read_spool(self.spool))[self.sent :]
-        for start in range(0, len(records), RECORDS_PER_BATCH):
-            batch = records[start : start + RECORDS_PER_BATCH]
-            metrics = [Metric(k, v, r["time"], r["step"]) for r in batch for k, v in r["metrics"].items()]
+        records = read_on(self.spool, self._sent)
+        while batch := list(islice(records, RECORDS_PER_BATCH)):
+            metrics = [Metric(k, v, r["time"], r["step"]) for r, _ in batch for k, v in r["metrics"].items()]
             client.log_batch(self.run_id, metrics=metrics)
-            self.sent += len(batch)
+            self._sent = batch[-1][1]
         return client
 
     def _open_run(self, client: MlflowClient) -> str:

@@ -70,7 +70,7 @@ def voxelize(data: DataConfig, grid: GridSpec, cluster: Cluster | None = None) -
     Raises DataError where nothing is found or too much is rejected, ShardError where the folder holds another run or
     the disk is full.
     """
-    data = data.model_copy(update={"shards": data.shards.absolute()})  # a worker may have another working directory
+    data = data.model_copy(update={"shards": data.folder.absolute()})  # a worker may have another working directory
     try:
         return _voxelize(data, grid, cluster)
     except OSError as error:
@@ -82,7 +82,7 @@ def voxelize(data: DataConfig, grid: GridSpec, cluster: Cluster | None = None) -
 
 
 def _voxelize(data: DataConfig, grid: GridSpec, cluster: Cluster | None) -> Index:
-    root = data.shards
+    root = data.folder
     found = discover(data.inputs)
     resolved = {
         "data": data.model_dump(mode="json", include=DECIDING),
@@ -125,7 +125,7 @@ def _run(
     ray: Cluster, data: DataConfig, grid: GridSpec, found: Found, resolved: dict[str, Any], digest: str, work: Path
 ) -> Index:
     """Scan, plan and build; the index of what is then on disk."""
-    root = data.shards
+    root = data.folder
     refused = [Rejected(file, given, file, "parse", f"{file}: {reason}") for given, file, reason in found.refused]
     rows, rejected = distinct(_scan(ray, found, data, grid, work))
     groups = alike(rows) if data.drop_duplicates else []

@@ -196,7 +196,7 @@ def _plan_of_nodes(options: LaunchOptions, config: RunConfig, folder: Path, host
     )  # fmt: skip
     ssh = {name: os.environ[name] for name in ("PDSH_SSH_ARGS_APPEND",) if name in os.environ}
     needed = (Path.cwd(), config.data.shards, config.engine.deepspeed_json, folder / "run.yaml")
-    paths = tuple(str(path.absolute()) for path in needed if path)
+    paths = tuple(str(path.absolute()) for path in needed if isinstance(path, Path))  # shards may be a URL
     return Plan(command, ssh, folder, master, port, hosts, paths, config.to_yaml())
 
 

@@ -27,8 +27,10 @@ from dist_train.models.autoencoder import CrystalAutoencoder, Statistics, check_
 from dist_train.models.export import read_bundle, write_bundle
 from dist_train.models.reconstruct import Codec
 from dist_train.ranks import place
+from dist_train.shards.batches import collate
 from dist_train.shards.index import Index
-from dist_train.shards.reader import ShardReader, collate
+from dist_train.shards.prefetch import check_room
+from dist_train.shards.reader import ShardReader, check_shards
 from dist_train.training.checkpoint import Checkpoints, load, read_state
 from dist_train.training.engine import Engine, TorchEngine, check_batch
 from dist_train.training.loop import batch_plan, fit
@@ -120,16 +122,18 @@ def check_training(config: RunConfig, ranks: int) -> Index:
         from dist_train.backends.deepspeed_engine import deepspeed_config
 
         deepspeed_config(config, ranks)
-    index = Index.read(config.data.shards)
+    index = Index.read(config.data.shards, config.data.cache_dir, config.data.cache_MB)
     grid = config.grid.model_dump(mode="json")
     there = index.config["grid"]
     differing = [key for key, value in grid.items() if there.get(key) != value]
     if differing:
         told = "; ".join(f"{key} is {there.get(key)} there, {grid[key]} here" for key in differing)
-        raise ConfigError(f"the shards in {index.root} have another grid: {told}; voxelise anew or set grid.* to theirs")
-    for split in ("train", "val"):
-        index.split(split)
-    batch_plan(config, ShardReader(index, "train"), 0, ranks)
+        raise ConfigError(f"the shards in {index.place} have another grid: {told}; voxelise anew or set grid.* to theirs")
+    check_shards(index, ("train", "val"))
+    reader = ShardReader(index, "train")
+    plan = batch_plan(config, reader, 0, ranks)
+    if index.cache:
+        check_room(index.cache, reader.shards, plan)
     kept = config.run_dir / "run.yaml"
     if kept.exists():
         _check_same_run(config, load_config(kept), config.run_dir)
@@ -144,7 +148,9 @@ def _check_same_run(config: RunConfig, before: RunConfig, run_dir: Path) -> None
     }  # fmt: skip
 
     def deciding(run: RunConfig) -> dict[str, Any]:
-        values = run.model_dump(mode="json", include={"seed", "grid", "model", "train"})
+        values = run.model_dump(
+            mode="json", include={"seed": True, "grid": True, "model": True, "train": True, "data": {"shuffle_window"}}
+        )
         return {**values, "train": {k: v for k, v in values["train"].items() if k not in free}}
 
     now, then = deciding(config), deciding(before)
@@ -323,7 +329,7 @@ def register(run_dir: Path, alias: str | None) -> str:
     if alias is not None and (not re.fullmatch(r"[A-Za-z][\w-]*", alias) or re.fullmatch(r"latest|v\d+", alias)):
         raise ConfigError(f"alias {alias!r} can't be used: letters, digits, '-' and '_', and neither 'latest' nor 'v1'")
     read_bundle(bundle)
-    example = ShardReader(Index.read(config.data.shards), "val").crystal(0)
+    example = ShardReader(Index.read(config.data.shards, config.data.cache_dir, config.data.cache_MB), "val").crystal(0)
     version = register_bundle(config.tracking, bundle, run_id.read_text(), alias, write_cif(example))
     name = config.tracking.model_name
     return f"registered {name} version {version}" + (f", alias {alias}: models:/{name}@{alias}" if alias else "")

@@ -23,7 +23,7 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterable, Mapping
-from functools import reduce
+from functools import cache, reduce
 from typing import IO, Any, Literal, TypeVar
 
 import numpy as np
@@ -37,6 +37,7 @@ from dist_train.shards.half import LARGEST, to_half
 
 T = TypeVar("T", bound=np.generic)
 Encoding = Literal["raw", "compact"]
+Buffer = bytes | bytearray | memoryview | NDArray[Any]
 MEMBERS = {
     "raw": ("density.npy", "species.npy", "structure.json"),
     "compact": ("density.npy.zst", "species.npy.zst", "structure.json"),
@@ -149,9 +150,17 @@ def padded(size: int, block: int = tarfile.BLOCKSIZE) -> int:
     return -(-size // block) * block
 
 
-def crc_of(members: Iterable[bytes | memoryview]) -> int:
+def crc_of(members: Iterable[Buffer]) -> int:
     """crc32 of a sample's members, one after another."""
-    return reduce(lambda crc, data: zlib.crc32(data, crc), members, 0)
+    return reduce(lambda crc, data: zlib.crc32(data, crc), members, 0)  # type: ignore[arg-type]
+
+
+@cache
+def npy_header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
+    """What stands before the numbers of such an array in an .npy member."""
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"shape": shape, "fortran_order": False, "descr": dtype.str})
+    return stream.getvalue()
 
 
 def _npy(array: NDArray[np.generic]) -> bytes:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dist_train.config import GridSpec
 from dist_train.errors import ShardError
 from dist_train.files import write_text
+from dist_train.shards.remote import Remote, ShardCache, remote_folder
 
 SCHEMA_VERSION = 2
 INDEX_NAME, REJECTED_NAME = "index.json", "rejected.csv"
@@ -65,7 +67,10 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class Index:
-    """A complete set of shards. counts: inputs = accepted + rejected, always."""
+    """A complete set of shards. counts: inputs = accepted + rejected, always.
+
+    root: its folder; of shards at a URL, the folder of the cache that they are fetched into.
+    """
 
     root: Path
     config: dict[str, Any]
@@ -73,11 +78,39 @@ class Index:
     code_version: str
     counts: dict[str, int]
     shards: tuple[ShardRecord, ...]
+    cache: ShardCache | None = field(default=None, compare=False)
 
     @property
     def digest(self) -> str:
         """SHA-256 over the shards' own, in order: the identity of the data."""
-        return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
+        return _digest(self.shards)
+
+    @property
+    def place(self) -> str:
+        """Folder or URL, for messages."""
+        return self.cache.remote.url if self.cache else str(self.root)
+
+    @property
+    def remedy(self) -> str:
+        """What to do about a damaged shard, for messages."""
+        if self.cache is None:
+            return f"run dist-train verify {self.root}"
+        return f"remove {self.root}, then they are fetched again; or run dist-train verify where they come from"
+
+    def where(self, shard: ShardRecord) -> str:
+        """Path or URL of a shard, for messages."""
+        return f"{self.place}/{shard.name}"
+
+    def open(self, shard: ShardRecord) -> int:
+        """A file descriptor of a shard, which is fetched first where it must be. Raises OSError, or ShardError if remote."""
+        return self.cache.open(shard) if self.cache else os.open(self.root / shard.name, os.O_RDONLY | os.O_CLOEXEC)
+
+    def shard_sizes(self) -> dict[str, int]:
+        """Bytes of the shards that are there, by name, without reading them."""
+        if self.cache:
+            return self.cache.remote.sizes()
+        with os.scandir(self.root) as entries:
+            return {entry.name: entry.stat().st_size for entry in entries if entry.name.endswith(".tar") and entry.is_file()}
 
     @property
     def store(self) -> str:
@@ -118,30 +151,42 @@ class Index:
     def write(self) -> None:
         """Write `index.json` atomically: from then on the set is complete."""
         head = {**vars(self), "schema_version": SCHEMA_VERSION, "digest": self.digest}
-        del head["root"], head["shards"]
+        del head["root"], head["shards"], head["cache"]
         text = json.dumps(head, indent=1).removesuffix("\n}")
         shards = ",\n".join(shard.to_json() for shard in self.shards)
         write_text(self.root / INDEX_NAME, f'{text},\n "shards": [\n{shards}\n]}}\n')
 
     @classmethod
-    def read(cls, root: Path) -> Index:
-        """The index of a folder. Raises ShardError where there is none, or one that this version can't read."""
-        path = root / INDEX_NAME
+    def read(cls, root: Path | str, cache_dir: Path | None = None, cache_MB: int = 50_000) -> Index:
+        """The index of a folder, or of an fsspec URL whose shards are then kept in at most `cache_MB` below `cache_dir`.
+
+        Raises ShardError where there is none, or one that this version can't read.
+        """
+        folder = remote_folder(str(root)) if "://" in str(root) else Path(root)
+        place = f"{folder}/{INDEX_NAME}"
         try:
-            document = json.loads(path.read_bytes())
+            document = json.loads(folder.read(INDEX_NAME) if isinstance(folder, Remote) else Path(place).read_bytes())
         except FileNotFoundError:
-            raise ShardError(f"{path} does not exist: {root} holds no finished shards; run dist-train voxelize") from None
+            raise ShardError(f"{place} does not exist: {folder} holds no finished shards; run dist-train voxelize") from None
         except (OSError, ValueError, RecursionError) as error:
-            raise ShardError(f"{path} can't be read ({error}); run dist-train voxelize again") from None
+            raise ShardError(f"{place} can't be read ({error}); run dist-train voxelize again") from None
         version = document.get("schema_version") if isinstance(document, dict) else None
         if version != SCHEMA_VERSION:
-            raise ShardError(f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}: voxelise again")
+            raise ShardError(f"{place} has schema version {version}, this program reads {SCHEMA_VERSION}: voxelise again")
         try:
             shards = tuple(_record(shard) for shard in document["shards"])
             counts, digest, code = document["counts"], document["config_hash"], document["code_version"]
-            return cls(root, dict(document["config"]), digest, code, dict(counts), shards)
+            config = dict(document["config"])
+            if isinstance(folder, Path):
+                return cls(folder, config, digest, code, dict(counts), shards)
+            cache = ShardCache(folder, _digest(shards), cache_dir, cache_MB)
+            return cls(cache.folder, config, digest, code, dict(counts), shards, cache)
         except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
-            raise ShardError(f"{path} is damaged ({error!r}); run dist-train voxelize again") from None
+            raise ShardError(f"{place} is damaged ({error!r}); run dist-train voxelize again") from None
+
+
+def _digest(shards: tuple[ShardRecord, ...]) -> str:
+    return hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()
 
 
 def record_from_json(text: str) -> ShardRecord:

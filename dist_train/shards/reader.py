@@ -1,37 +1,41 @@
-"""Samples by byte offset from memory-mapped shards, and the batches of a rank: the only module of these that sees torch.
+"""Random access to the samples of a split, from any thread, without torch.
 
-The order of samples is a pure function of (seed, epoch), whatever the number of ranks; a rank takes its slice of each
-global batch, so every rank makes the same number of steps.
+Files are read with `pread`, not mapped: a file that is cut or a disk that fails while it is read is then an error that names
+the sample, where a mapping would end the process.
 """
 
 from __future__ import annotations
 
-import mmap
-import queue
-import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from dist_train.config import GridSpec
+from dist_train.crystal.frames import grid_shape
 from dist_train.crystal.structure import Crystal
-from dist_train.crystal.voxelize import voxelize
+from dist_train.crystal.voxelize import n_channels, voxelize
 from dist_train.errors import CrystalError, ShardError
-from dist_train.models.autoencoder import CrystalBatch, cell_numbers, composition_vector
-from dist_train.shards.codec import crc_of, decode_crystal, decode_sample
+from dist_train.shards.codec import MEMBERS, crc_of, decode_crystal, decode_sample, npy_header
 from dist_train.shards.half import to_half
 from dist_train.shards.index import Index, Sample, ShardRecord
+from dist_train.shards.order import Shape
 
-Shape = tuple[int, ...]
+OPEN_FILES = 256
+"""Shards that a reader keeps open; opening one takes some microseconds, and processes may often have 1,024."""
+LISTED_SHARDS = 5
+MAX_GAP = 4096
+
+
+class DamagedSample(ShardError):
+    """A sample whose bytes are not what the index says, or hold no crystal."""
 
 
 class Record(NamedTuple):
-    """A sample as read: float16 [C, D, H, W], uint8 [D, H, W] (views of the mapped file where raw) and its crystal."""
+    """A sample as read: float16 [C, D, H, W], uint8 [D, H, W] and its crystal."""
 
     density_CDHW: NDArray[np.float16]
     species_DHW: NDArray[np.uint8]
@@ -39,12 +43,14 @@ class Record(NamedTuple):
 
 
 class ShardReader:
-    """Random access to the samples of a split, from any thread; shards are mapped when first touched."""
+    """The samples of a split by their places; shards are opened (remote ones fetched) when first touched."""
 
     def __init__(self, index: Index, split: str) -> None:
-        self.index = index
+        self.index, self.split = index, split
+        self.shards = index.split(split)
         self.entries = index.samples(split)
-        self._maps: dict[str, mmap.mmap] = {}
+        self._file = lru_cache(OPEN_FILES)(self._open)
+        self._by_name = {shard.name: shard for shard in self.shards}
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -54,179 +60,121 @@ class ShardReader:
         """Grid shape of every sample, from the index."""
         return [sample.shape for _, sample in self.entries]
 
+    @property
+    def shard_sizes(self) -> list[int]:
+        """Samples of each shard."""
+        return [len(shard.samples) for shard in self.shards]
+
     @cached_property
-    def _grid(self) -> GridSpec:
+    def grid(self) -> GridSpec:
+        """The grid of the samples."""
         return self.index.grid
 
     def __getitem__(self, place: int) -> Record:
         """The sample at a place of the split; a structure alone is voxelised here.
 
-        Raises ShardError naming it where its bytes are damaged.
+        Raises DamagedSample naming it where its bytes are damaged, ShardError where its shard can't be read.
         """
         shard, sample = self.entries[place]
         try:
             density, species, crystal = decode_sample(self._members(shard, sample))
             if density is None or species is None:
-                grid = voxelize(crystal, self._grid)
+                grid = voxelize(crystal, self.grid)
                 density, species = to_half(grid.density_CDHW), grid.species_DHW
+            if density.shape != (n_channels(self.grid), *sample.shape):
+                raise ValueError(f"density has the shape {density.shape}, {(n_channels(self.grid), *sample.shape)} expected")
         except (ValueError, CrystalError) as error:
             raise self._damaged(shard, sample, str(error)) from None
-        if species.shape != sample.shape:
-            raise self._damaged(shard, sample, f"shape {species.shape}, {sample.shape} expected")
         return Record(density, species, crystal)
 
     def crystal(self, place: int) -> Crystal:
-        """The crystal alone."""
+        """The crystal alone, of the shape that the index says. Raises as `__getitem__` does."""
         shard, sample = self.entries[place]
-        members = self._members(shard, sample)
         try:
-            return decode_crystal(members["structure.json"])
-        except (KeyError, ValueError) as error:
+            crystal = decode_crystal(self._members(shard, sample)["structure.json"])
+            shape = grid_shape(crystal.lattice_A, self.grid)
+            if shape != sample.shape:
+                raise ValueError(f"shape {shape} for this cell, {sample.shape} expected")
+        except (KeyError, ValueError, CrystalError) as error:
             raise self._damaged(shard, sample, str(error)) from None
+        return crystal
 
-    def _members(self, shard: ShardRecord, sample: Sample) -> dict[str, memoryview]:
-        whole = self._map(shard)
-        found = {name: whole[offset : offset + size] for name, (offset, size) in sample.members.items()}
-        if (crc := crc_of(found.values())) != sample.crc32:
-            raise self._damaged(shard, sample, f"crc32 {crc:08x}, {sample.crc32:08x} expected")
-        return found
+    def read_raw(self, place: int, density_CDHW: NDArray[np.float16], species_DHW: NDArray[np.uint8]) -> bytearray | None:
+        """Read a raw sample into the given arrays, each byte once, and return its `structure.json`, undecoded.
 
-    def _damaged(self, shard: ShardRecord, sample: Sample, what: str) -> ShardError:
-        root = self.index.root
-        where = f"sample {sample.key} ({sample.id}) of {root / shard.name}"
-        return ShardError(f"{where} is damaged ({what}); run dist-train verify {root}")
-
-    def _map(self, shard: ShardRecord) -> memoryview:
-        if shard.name not in self._maps:
-            path = self.index.root / shard.name
-            try:
-                with path.open("rb") as stream:
-                    mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-            except (OSError, ValueError) as error:
-                raise ShardError(f"shard {path} can't be read: {error}; run dist-train verify {path.parent}") from None
-            if len(mapped) != shard.bytes:
-                raise ShardError(
-                    f"shard {path} has {len(mapped)} bytes, {shard.bytes} expected; run dist-train verify {path.parent}"
-                )
-            self._maps[shard.name] = mapped
-        return memoryview(self._maps[shard.name])
-
-
-def collate(records: list[Record]) -> CrystalBatch:
-    """Records as a CrystalBatch (copied out of the mapped files). Raises ShardError where their shapes differ."""
-    shapes = {record.density_CDHW.shape: record.crystal.id for record in records}
-    if len(shapes) > 1:
-        told = ", ".join(f"{_times(shape)} ({id})" for shape, id in shapes.items())
-        raise ShardError(f"a batch needs grids of one shape, these {len(records)} have {told}; group them by shape")
-    return CrystalBatch(
-        torch.from_numpy(np.stack([record.density_CDHW for record in records])),
-        torch.from_numpy(np.stack([record.species_DHW for record in records])),
-        torch.from_numpy(cell_numbers(np.stack([record.crystal.lengths_angles for record in records]))),
-        torch.from_numpy(np.stack([composition_vector(record.crystal) for record in records])),
-        torch.ones(len(records)),
-    )
-
-
-def _times(shape: Shape) -> str:
-    return " x ".join(map(str, shape))
-
-
-@dataclass(frozen=True, eq=False)
-class BatchPlan:
-    """Which samples each rank sees at each step; the samples of a global batch have one grid shape.
-
-    shapes: of every sample of the split. An epoch takes the samples of each shape in random order, drops those beyond its
-    last full global batch, and puts the batches of all shapes in random order.
-    Raises ShardError where no shape has the samples of a global batch.
-    """
-
-    shapes: Sequence[Shape]
-    global_batch: int
-    epochs: int
-    seed: int
-    rank: int
-    ranks: int
-
-    def __post_init__(self) -> None:
-        if self.steps_per_epoch == 0:
-            most = max(map(len, self.groups), default=0)
-            raise ShardError(
-                f"the training split has {len(self.shapes)} samples of {len(self.groups)} grid shapes, at most {most} of "
-                f"one shape, fewer than train.global_batch_size {self.global_batch}; lower it or voxelise more crystals"
-            )
-
-    @cached_property
-    def groups(self) -> list[NDArray[np.int64]]:
-        """Places of the samples of each shape, by rising shape."""
-        number = {shape: i for i, shape in enumerate(sorted(set(self.shapes)))}
-        of_sample = np.array([number[shape] for shape in self.shapes], np.int64)
-        return np.split(np.argsort(of_sample, kind="stable"), np.cumsum(np.bincount(of_sample))[:-1])
-
-    @cached_property
-    def steps_per_epoch(self) -> int:
-        return sum(len(places) // self.global_batch for places in self.groups)
-
-    @property
-    def steps(self) -> int:
-        return self.steps_per_epoch * self.epochs
-
-    @property
-    def never_seen(self) -> int:
-        """Samples of shapes that don't fill a global batch: no epoch has them."""
-        return sum(len(places) for places in self.groups if len(places) < self.global_batch)
-
-    @property
-    def dropped(self) -> int:
-        """Samples that an epoch leaves out, those never seen included; the others change from epoch to epoch."""
-        return len(self.shapes) - self.steps_per_epoch * self.global_batch
-
-    def places(self, step: int) -> NDArray[np.int64]:
-        """The places that this rank reads for a step, counted from 0."""
-        epoch, batch = divmod(step, self.steps_per_epoch)
-        share = self.global_batch // self.ranks
-        return epoch_batches(self, epoch)[batch, self.rank * share : (self.rank + 1) * share]
-
-
-@lru_cache(maxsize=2)
-def epoch_batches(plan: BatchPlan, epoch: int) -> NDArray[np.int64]:
-    """[steps, global batch] places of all ranks: a pure function of the shapes, the global batch, the seed and the epoch."""
-    rng, size = np.random.Generator(np.random.PCG64([plan.seed, epoch])), plan.global_batch
-    kept = [rng.permutation(places)[: len(places) // size * size] for places in plan.groups]
-    return rng.permutation(np.concatenate(kept).reshape(-1, size))
-
-
-def train_batches(reader: ShardReader, plan: BatchPlan, start: int, stop: int) -> Iterator[tuple[int, CrystalBatch]]:
-    """(step, batch) for the steps [start, stop); a thread reads two batches ahead.
-
-    An error of the thread is raised here; leaving the iterator early stops the thread.
-    """
-    ready: queue.Queue[tuple[int, CrystalBatch] | BaseException | None] = queue.Queue(maxsize=2)
-    stopped = threading.Event()
-
-    def put(item: tuple[int, CrystalBatch] | BaseException | None) -> None:
-        while not stopped.is_set():
-            try:
-                return ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def work() -> None:
+        None where it is damaged, no raw one, or laid out in another way than ours: `__getitem__` then tells.
+        Raises ShardError where its shard can't be read.
+        """
+        shard, sample = self.entries[place]
+        if tuple(sample.members) != MEMBERS["raw"]:
+            return None
+        first, second, text = sample.members.values()
+        heads = [npy_header(array.shape, array.dtype) for array in (density_CDHW, species_DHW)]
+        sizes = len(heads[0]) + density_CDHW.nbytes, len(heads[1]) + species_DHW.nbytes
+        gaps = second[0] - sum(first), text[0] - sum(second)
+        if (first[1], second[1]) != sizes or not all(0 <= gap <= MAX_GAP for gap in gaps) or sum(text) > shard.bytes:
+            return None
+        head, other, structure = bytearray(len(heads[0])), bytearray(len(heads[1])), bytearray(text[1])
+        buffers: list[Any] = [head, density_CDHW, bytearray(gaps[0]), other, species_DHW, bytearray(gaps[1]), structure]
         try:
-            for step in range(start, stop):
-                if stopped.is_set():
-                    return
-                put((step, collate([reader[place] for place in plan.places(step)])))
-            put(None)
-        except Exception as error:  # handed to the consumer, which raises it
-            put(error)
+            found = os.preadv(self._file(shard.name).fd, buffers, first[0])
+        except OSError:
+            return None
+        whole = found == sum(text) - first[0] and [head, other] == heads
+        return structure if whole and crc_of([head, density_CDHW, other, species_DHW, structure]) == sample.crc32 else None
 
-    thread = threading.Thread(target=work, name="batches", daemon=True)
-    thread.start()
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stopped.set()
-        thread.join()
+    def _members(self, shard: ShardRecord, sample: Sample) -> dict[str, bytes]:
+        """The bytes of each member, checked."""
+        file, members = self._file(shard.name), {}
+        for name, (offset, size) in sample.members.items():
+            if offset + size > shard.bytes:
+                raise self._damaged(shard, sample, f"{name} ends at byte {offset + size}, the shard at {shard.bytes}")
+            try:
+                members[name] = os.pread(file.fd, size, offset)
+            except OSError as error:
+                raise self._damaged(shard, sample, f"{name} can't be read: {error.strerror}") from None
+        if (crc := crc_of(members.values())) != sample.crc32:
+            raise self._damaged(shard, sample, f"crc32 {crc:08x}, {sample.crc32:08x} expected")
+        return members
+
+    def _damaged(self, shard: ShardRecord, sample: Sample, what: str) -> DamagedSample:
+        where = f"sample {sample.key} ({sample.id}) of {self.index.where(shard)}"
+        return DamagedSample(f"{where} is damaged ({what}); {self.index.remedy}")
+
+    def _open(self, name: str) -> _File:
+        shard = self._by_name[name]
+        try:
+            file = _File(self.index.open(shard))
+            size = os.fstat(file.fd).st_size
+        except OSError as error:
+            raise ShardError(f"shard {self.index.where(shard)} can't be read: {error}; {self.index.remedy}") from None
+        if size != shard.bytes:
+            raise ShardError(
+                f"shard {self.index.where(shard)} has {size} bytes, {shard.bytes} expected; {self.index.remedy}"
+            )
+        return file
+
+
+class _File:
+    """A file descriptor, closed when the last thread that reads it lets go: its number may then go to another file."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+def check_shards(index: Index, splits: Iterable[str]) -> None:
+    """Raise ShardError naming shards of these splits that are missing or of another size than the index says."""
+    sizes = index.shard_sizes()
+    faults = [
+        f"{shard.name} is missing" if shard.name not in sizes else
+        f"{shard.name} has {sizes[shard.name]} bytes, {shard.bytes} expected"
+        for split in splits for shard in index.split(split) if sizes.get(shard.name) != shard.bytes
+    ]  # fmt: skip
+    if faults:
+        more = f" and {len(faults) - LISTED_SHARDS} more" if len(faults) > LISTED_SHARDS else ""
+        raise ShardError(
+            f"{len(faults)} shards of {index.place} can't be read: {'; '.join(faults[:LISTED_SHARDS])}{more}; {index.remedy}"
+        )

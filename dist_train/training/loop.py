@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -13,7 +14,9 @@ from dist_train.models.autoencoder import CrystalBatch
 from dist_train.models.objectives import PARTS, JointObjective, step_noise
 from dist_train.models.reconstruct import Codec
 from dist_train.progress import Progress
-from dist_train.shards.reader import BatchPlan, ShardReader, collate, train_batches
+from dist_train.shards.batches import collate, train_batches
+from dist_train.shards.order import BatchPlan
+from dist_train.shards.reader import ShardReader
 from dist_train.training.checkpoint import Checkpoints
 from dist_train.training.engine import Engine, Part, check_batch
 from dist_train.training.guard import StopRequest, Watchdog
@@ -21,6 +24,7 @@ from dist_train.training.meter import Meter, reduce_step
 from dist_train.training.state import TrainState, learning_rate
 from dist_train.training.tracker import Tracker
 
+log = logging.getLogger(__name__)
 VALIDATION_BATCH = 32
 VALIDATED = ("loss", *PARTS, "count_exact", "composition_exact")
 
@@ -37,21 +41,25 @@ def fit(
     settings = config.train
     plan = batch_plan(config, train, engine.rank, engine.ranks)
     last = min(plan.steps, settings.stop_after_step or plan.steps)
-    meter, shown = Meter(engine, settings.global_batch_size), {}
+    meter, shown, data = Meter(engine, settings.global_batch_size), {}, config.data
     with (
         Progress("train", plan.steps, "steps", state.step, shown=engine.rank == 0) as progress,
         Watchdog(settings.watchdog_seconds) as watchdog,
         StopRequest() as stop,
     ):
-        for step, batch in meter.timed(train_batches(train, plan, state.step, last)):
+        batches = train_batches(train, plan, state.step, last, engine.device, data.reader_threads, data.max_damaged)
+        for step, batch, damaged in meter.timed(batches):
+            for message in damaged:
+                log.warning("passed over at step %d: %s", step, message)
             rate = learning_rate(step, plan.steps, settings)
-            result = engine.step(list(_parts(config, engine, step, batch)), rate)
-            reduced = reduce_step(engine, result, stop.made)
+            result = engine.step(list(_parts(config, engine, step, batch.to(engine.device))), rate)
+            reduced = reduce_step(engine, result, stop.made, len(damaged))
             state = replace(
                 state,
                 step=step + 1,
                 skipped=state.skipped + (not result.applied),
                 in_a_row=0 if result.applied else state.in_a_row + (not result.rescaled),
+                damaged=state.damaged + reduced.damaged,
                 validation_loss=None,
                 useful_seconds=state.useful_seconds + meter.stepped(),
             )
@@ -60,7 +68,8 @@ def fit(
             done = state.step == last or reduced.stop
             if state.step % settings.log_every == 0 or done:
                 figures = {"train/loss": reduced.loss, **{f"train/{name}": value for name, value in reduced.parts.items()}}
-                figures |= {"gradient_norm": result.gradient_norm, "learning_rate": rate, "skipped": float(state.skipped)}
+                figures |= {"gradient_norm": result.gradient_norm, "learning_rate": rate}
+                figures |= {"skipped": float(state.skipped), "damaged": float(state.damaged)}
                 speed = meter.take(state)
                 tracker.log(state.step, figures | speed)
                 shown["samples/s"] = f"{speed['samples_per_second']:.1f}"
@@ -82,7 +91,11 @@ def fit(
 
 def batch_plan(config: RunConfig, train: ShardReader, rank: int, ranks: int) -> BatchPlan:
     """The batches of a run. Raises ShardError where the training split doesn't fill one."""
-    return BatchPlan(train.shapes, config.train.global_batch_size, config.train.epochs, config.seed, rank, ranks)
+    settings = config.train
+    return BatchPlan(
+        train.shapes, train.shard_sizes, settings.global_batch_size, settings.epochs, config.seed, rank, ranks,
+        config.data.shuffle_window,
+    )  # fmt: skip
 
 
 def _parts(config: RunConfig, engine: Engine, step: int, batch: CrystalBatch) -> Iterator[Part]:

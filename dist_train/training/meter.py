@@ -18,19 +18,21 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Reduced:
-    """A step's figures over all ranks: means of loss and parts, and whether any rank was asked to stop."""
+    """A step's figures over all ranks: means of loss and parts, damaged samples, and whether any was asked to stop."""
 
     loss: float
     parts: dict[str, float]
     stop: bool
+    damaged: int
 
 
-def reduce_step(engine: Engine, result: StepResult, stop: bool) -> Reduced:
+def reduce_step(engine: Engine, result: StepResult, stop: bool, damaged: int) -> Reduced:
     """Bring a step's figures of all ranks together, in one vector, so that a GPU is waited for once."""
-    told = torch.tensor([float(stop)], dtype=torch.float64, device=engine.device)
-    values = torch.cat([torch.stack([result.loss, *result.parts.values()]).double().to(engine.device), told])
-    loss, *parts, stops = (value / engine.ranks for value in engine.total(values))
-    return Reduced(loss, dict(zip(result.parts, parts, strict=True)), stops > 0)
+    told = torch.tensor([float(stop), float(damaged)], dtype=torch.float64, device=engine.device)
+    values = torch.cat([torch.stack([result.loss, *result.parts.values()]).double(), told])
+    loss, *parts, stops, all_damaged = engine.total(values)
+    means = {name: value / engine.ranks for name, value in zip(result.parts, parts, strict=True)}
+    return Reduced(loss / engine.ranks, means, stops > 0, round(all_damaged))
 
 
 @dataclass

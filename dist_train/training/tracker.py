@@ -60,6 +60,15 @@ class NoTracker:
 
 def read_spool(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a spool, in order."""
+    return (record for record, _ in read_on(path, 0))
+
+
+def read_on(path: Path, offset: int) -> Iterator[tuple[dict[str, Any], int]]:
+    """The records from a byte offset on, each with the offset after it; a line that is still being written is left."""
     if path.exists():
-        with path.open() as stream:
-            yield from (json.loads(line) for line in stream if line.endswith("\n"))
+        with path.open("rb") as stream:
+            stream.seek(offset)
+            for line in stream:
+                if line.endswith(b"\n"):
+                    offset += len(line)
+                    yield json.loads(line), offset

@@ -8,7 +8,6 @@ import json
 import os
 import random
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from processes import free_port
 
 END_SECONDS = 1.0
 """What a launcher gives the other ranks after one has ended badly."""
@@ -61,9 +61,7 @@ def main() -> None:
 
 def launch(request: Request, run: Callable[[list[str]], int]) -> list[int]:
     """The exit codes of the ranks, negative for a signal."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     pids = {rank: fork(request, rank, port, run) for rank in range(request.ranks)}
     codes: dict[int, int] = {}
     left, deadline = list(request.signals), time.monotonic() + request.limit

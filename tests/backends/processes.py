@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +22,13 @@ from dist_train.files import sha256
 T = TypeVar("T")
 LIMIT_S = 120
 ISOLATED = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_AUTH_MODE": "token"}
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def session(leader: int) -> list[int]:
@@ -111,3 +119,18 @@ def wait_until(condition: Callable[[], T], process: subprocess.Popen[str] | None
 def contents(root: Path) -> dict[str, str]:
     """sha256 of every file below a folder, hidden ones included."""
     return {str(path.relative_to(root)): sha256(path) for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A small file system. Skips the test where none can be mounted."""
+    if os.geteuid() or sys.platform != "linux":
+        pytest.skip("only root on Linux can mount a small file system")
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    mounted = subprocess.run(mount, capture_output=True, text=True, timeout=30)
+    if mounted.returncode:
+        pytest.skip(f"a small file system can't be mounted: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True, timeout=30)

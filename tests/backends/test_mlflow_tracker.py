@@ -6,11 +6,16 @@ import json
 import shutil
 import subprocess
 import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import mlflow
 import pandas as pd
 import pytest
+from processes import free_port, started, wait_until
 from small_run import small_config, write_small_shards
 
 from dist_train.backends import mlflow_tracker
@@ -138,6 +143,54 @@ def test_a_server_that_is_away_neither_stops_nor_loses_anything(tmp_path: Path) 
         assert uploader.close("FINISHED") is True
     history = client(back).get_metric_history(str(uploader.run_id), "loss")
     assert [(m.step, m.value) for m in history] == [(1, 1.0), (2, 0.5), (3, 1.0 / 3)]
+
+
+@contextmanager
+def server(folder: Path, port: int) -> Iterator[None]:
+    """A real MLflow server on loopback, killed at the end."""
+    options = {"backend-store-uri": f"sqlite:///{folder}/server.db", "artifacts-destination": str(folder)}
+    options |= {"host": "127.0.0.1", "port": str(port), "workers": "1"}
+    command = [sys.executable, "-m", "mlflow", "server", *(part for k, v in options.items() for part in (f"--{k}", v))]
+    with started(command, MLFLOW_DISABLE_TELEMETRY="true") as process:
+
+        def answers() -> bool:
+            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+                return bool(answer.status == 200)
+            return False
+
+        wait_until(answers, process)
+        yield
+
+
+@pytest.mark.timeout(180)
+def test_a_server_killed_and_started_again_in_a_run_has_every_record_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mlflow_tracker, "UPLOAD_SECONDS", 0.2)
+    port = free_port()
+    uri = f"http://127.0.0.1:{port}"
+    config = small_config(tmp_path, f"tracking.uri={uri}", "tracking.experiment=outage")
+    spool = Spool(config.run_dir / "metrics.jsonl")
+
+    def steps() -> list[int]:
+        return [m.step for m in there.get_metric_history((config.run_dir / "mlflow_run_id").read_text(), "train/loss")]
+
+    there = mlflow.MlflowClient(uri, uri)
+    with server(tmp_path, port):
+        uploader = MlflowUploader(config, spool.path, {})
+        for step in range(1, 31):
+            spool.log(step, {"train/loss": float(step)})
+        wait_until((config.run_dir / "mlflow_run_id").exists)
+        wait_until(lambda: len(steps()) > 0)
+    for step in range(31, 61):
+        spool.log(step, {"train/loss": float(step)})
+    time.sleep(1.0)  # some attempts fail
+    with server(tmp_path, port):
+        for step in range(61, 91):
+            spool.log(step, {"train/loss": float(step)})
+        spool.close()
+        assert uploader.close("FINISHED")
+        assert steps() == list(range(1, 91))
 
 
 def test_untracked_or_unfinished_runs_are_not_registered(tmp_path: Path) -> None:

@@ -13,14 +13,25 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from processes import LIMIT_S, commands, contents, dist_train, holders, kill_session, session, started, wait_until
+from processes import (
+    LIMIT_S,
+    commands,
+    contents,
+    dist_train,
+    holders,
+    kill_session,
+    session,
+    small_disk,
+    started,
+    wait_until,
+)
 
 from dist_train.backends.ray_voxelize import WORK_NAME
 from dist_train.files import sha256
@@ -303,21 +314,6 @@ def test_a_submitted_job(nodes: Nodes, job: Job, whole: Path, tmp_path: Path) ->
 
 
 # Disks and damage
-
-
-@contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    """A small file system. Skips the test where none can be mounted."""
-    if os.geteuid() or sys.platform != "linux":
-        pytest.skip("only root on Linux can mount a small file system")
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    mounted = subprocess.run(mount, capture_output=True, text=True, timeout=30)
-    if mounted.returncode:
-        pytest.skip(f"a small file system can't be mounted: {mounted.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True, timeout=30)
 
 
 def resize(disk: Path, size: int) -> None:

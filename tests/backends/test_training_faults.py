@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from forks import Request, encode
-from processes import started
+from processes import small_disk, started
 from safetensors.torch import load_file
 from small_run import small_config, write_small_shards
 
@@ -150,6 +152,24 @@ def test_a_kill_in_every_phase_of_a_save(runs: Runs, whole: str) -> None:
     runs.assert_equal("phases", whole)
     assert not list(folder.glob(".*"))
     assert all(find_fault(path) is None for path in folder.glob("step_*"))
+
+
+@pytest.mark.timeout(60)
+def test_a_disk_that_fills_during_a_save(runs: Runs, whole: str, tmp_path: Path) -> None:
+    """Said once, as one line; the checkpoint before it is whole, and a start with room goes on from there."""
+    with small_disk(tmp_path, "1500k"):
+        (runs.folder / "full").symlink_to(tmp_path)
+        codes = runs.launch("full", 2, *LONG, "train.keep_checkpoints=100")
+        assert codes == [2, 2]
+        folder = tmp_path / "checkpoints"
+        assert not list(folder.glob(".*"))
+        left = sorted(folder.glob("step_*"))
+        assert left and all(find_fault(path) is None for path in left)
+        (line,) = [line for line in runs.told("full").splitlines() if "dist-train: error" in line]
+        assert re.search(r"the disk of .* is full: the checkpoint of step \d+ was not written", line)
+        subprocess.run(["mount", "-o", "remount,size=100m", str(tmp_path)], check=True, timeout=30)
+        assert runs.launch("full", 2, *LONG, "train.keep_checkpoints=100") == [0, 0]
+        runs.assert_equal("full", whole)
 
 
 @pytest.mark.timeout(60)

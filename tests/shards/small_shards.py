@@ -17,7 +17,7 @@ from dist_train.crystal.structure import Crystal
 from dist_train.crystal.voxelize import voxelize
 from dist_train.errors import CrystalError
 from dist_train.files import sha256
-from dist_train.shards.codec import add_member, encode_sample, open_tar
+from dist_train.shards.codec import add_member, crc_of, encode_sample, open_tar
 from dist_train.shards.index import Index, Sample, ShardRecord, config_hash
 
 TABLES = Path(__file__).parents[2] / "data" / "sample"
@@ -86,6 +86,35 @@ def rehashed(index: Index) -> Index:
         path = index.root / record.name
         records.append(replace(record, bytes=path.stat().st_size, sha256=sha256(path)))
     return replace(index, shards=tuple(records))
+
+
+def flip_byte(path: Path, place: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[place] ^= 0x40
+    path.write_bytes(raw)
+
+
+def damage(index: Index, place: int) -> tuple[str, str, str]:
+    """Flip a byte in the middle of the first member of a training sample; returns what a message has to name."""
+    shard, sample = index.samples("train")[place]
+    offset, size = next(iter(sample.members.values()))
+    flip_byte(index.root / shard.name, offset + size // 2)
+    return sample.key, sample.id, shard.name
+
+
+def rewritten_member(index: Index, place: int, name: str, data: bytes) -> Index:
+    """The index of somebody who put other, shorter bytes into a member and wrote down its size and checksum anew."""
+    shard, sample = index.samples("train")[place]
+    path, members = index.root / shard.name, {**sample.members}
+    members[name] = (members[name][0], len(data))
+    with path.open("r+b") as stream:
+        stream.seek(members[name][0])
+        stream.write(data)
+    raw = path.read_bytes()
+    crc = crc_of(raw[offset : offset + size] for offset, size in members.values())
+    samples = tuple(replace(s, members=members, crc32=crc) if s is sample else s for s in shard.samples)
+    shards = tuple(replace(s, samples=samples) if s is shard else s for s in index.shards)
+    return rehashed(replace(index, shards=shards))
 
 
 @contextmanager

@@ -1,0 +1,209 @@
+"""Samples as batches of tensors, read ahead by threads: the only module of these that sees torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext, suppress
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dist_train.crystal.elements import MAX_Z
+from dist_train.crystal.lattice import MIN_VOLUME_A3
+from dist_train.crystal.structure import Crystal
+from dist_train.crystal.voxelize import n_channels
+from dist_train.errors import ShardError
+from dist_train.models.autoencoder import CrystalBatch
+from dist_train.models.crystal_tensors import CrystalTensors
+from dist_train.models.structure_batch import StructureBatch
+from dist_train.shards.order import BatchPlan, Places, Shape
+from dist_train.shards.prefetch import Prefetch
+from dist_train.shards.reader import DamagedSample, Record, ShardReader
+
+CPU = torch.device("cpu")
+STAND_IN = Crystal("stand-in", 5.0 * np.eye(3), np.zeros((1, 3)), np.array([1]))
+"""What stands in place of a damaged sample, with weight 0: its cell and composition keep every loss finite."""
+
+
+class TrainBatch(NamedTuple):
+    """This rank's share of a step's global batch; damaged: a message for each sample in it that was passed over."""
+
+    step: int
+    batch: CrystalBatch | StructureBatch
+    damaged: tuple[str, ...] = ()
+
+
+def train_batches(
+    reader: ShardReader, plan: BatchPlan, start: int, stop: int, device: torch.device = CPU, threads: int = 2,
+    max_damaged: int = 100,
+) -> Iterator[TrainBatch]:  # fmt: skip
+    """The batches of the steps [start, stop), in order, read by threads at most `threads` + 1 batches ahead.
+
+    For a CUDA device they lie in page-locked memory, and structures come as a StructureBatch, whose grids that device makes;
+    for the CPU the threads make these. Leaving the iterator early stops the threads.
+    Raises ShardError for a shard that can't be read, and for more different damaged samples than `max_damaged`; errors of
+    a thread are raised here, in the order of the steps.
+    """
+    stopped, ahead, damaged = threading.Event(), deque[Future[TrainBatch]](), set[str]()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="batches")
+    cache = reader.index.cache
+    with Prefetch(cache, reader.shards, plan, start, stop) if cache else nullcontext() as prefetch:
+        try:
+            for step in range(start, stop):
+                while len(ahead) <= threads and step + len(ahead) < stop:
+                    ahead.append(pool.submit(_read, reader, plan, step + len(ahead), device, stopped))
+                item = ahead.popleft().result()
+                if prefetch:
+                    prefetch.reached(step)
+                damaged.update(item.damaged)
+                if len(damaged) > max_damaged:
+                    raise ShardError(
+                        f"{len(damaged)} damaged samples so far, data.max_damaged {max_damaged} are passed over; the last: "
+                        f"{item.damaged[-1]}"
+                    )
+                yield item
+        finally:
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
+
+
+def _read(reader: ShardReader, plan: BatchPlan, step: int, device: torch.device, stopped: threading.Event) -> TrainBatch:
+    places = plan.places(step)
+
+    def going() -> Iterator[tuple[int, int]]:
+        for row, place in enumerate(places.tolist()):
+            if stopped.is_set():
+                raise ShardError("nobody waits for this batch any more")
+            yield row, place
+
+    if reader.index.store == "structures":
+        seed = f"{plan.seed}\0{step // plan.steps_per_epoch}"
+        structures, damaged = _structures(reader, places, going(), seed)
+        return TrainBatch(step, structures.to(device) if device.type == "cpu" else structures, damaged)
+    batch, damaged = _grids(reader, places, going(), pinned=device.type == "cuda")
+    return TrainBatch(step, batch, damaged)
+
+
+def _grids(
+    reader: ShardReader, places: Places, rows: Iterable[tuple[int, int]], pinned: bool
+) -> tuple[CrystalBatch, tuple[str, ...]]:
+    """Stored grids, each byte copied once, from the file into the batch."""
+    shape = reader.entries[int(places[0])][1].shape
+    density = _empty((len(places), n_channels(reader.grid), *shape), np.float16, pinned)
+    species = _empty((len(places), *shape), np.uint8, pinned)
+    about, damaged = _About(len(places)), []
+    densities, labels = density.numpy(), species.numpy()
+    for row, place in rows:
+        text = reader.read_raw(place, densities[row], labels[row])
+        if text is not None:
+            about.fill_from_json(row, text)
+    for row in np.flatnonzero(~about.sound()).tolist():  # not raw, or damaged
+        try:
+            record = reader[int(places[row])]
+            densities[row], labels[row] = record.density_CDHW, record.species_DHW
+            about.fill(row, record.crystal)
+        except DamagedSample as error:
+            damaged.append(str(error))
+            densities[row], labels[row] = 0, 0
+            about.fill(row, STAND_IN, weight=0.0)
+    return CrystalBatch(density, species, *about.tensors(pinned)), tuple(damaged)
+
+
+def _empty(shape: Shape, dtype: type[np.generic], pinned: bool) -> Tensor:
+    """Page-locked memory, or numpy's, which asks for huge pages: new pages would cost as much time as the reading."""
+    tensor = torch.from_numpy(np.empty(0 if pinned else shape, dtype))
+    return torch.empty(shape, dtype=tensor.dtype, pin_memory=True) if pinned else tensor
+
+
+def _structures(
+    reader: ShardReader, places: Places, rows: Iterable[tuple[int, int]], seed: str
+) -> tuple[StructureBatch, tuple[str, ...]]:
+    """Structures alone; their random rotations and origins are a pure function of the seed and each sample."""
+    crystals, seeds, about, damaged = [], [], _About(len(places)), []
+    for row, place in rows:
+        sample = reader.entries[place][1]
+        try:
+            crystal, weight = reader.crystal(place), 1.0
+        except DamagedSample as error:
+            damaged.append(str(error))
+            crystal, weight = STAND_IN, 0.0
+        crystals.append(crystal)
+        about.fill(row, crystal, weight)
+        digest = hashlib.sha256(f"{seed}\0{sample.id}\0{sample.copy}".encode()).digest()
+        seeds.append(int.from_bytes(digest[:8], "big"))
+    d, h, w = reader.entries[int(places[0])][1].shape
+    batch = StructureBatch(CrystalTensors.of(crystals), reader.grid, (d, h, w), tuple(seeds), *about.tensors(pinned=False))
+    return batch, tuple(damaged)
+
+
+class _About:
+    """Cells, compositions and weights of a batch."""
+
+    def __init__(self, size: int) -> None:
+        self.lattice_B33 = np.zeros((size, 3, 3))
+        self.composition_BZ = np.zeros((size, MAX_Z + 1), np.float32)
+        self.weight_B = np.ones(size, np.float32)
+
+    def fill(self, row: int, crystal: Crystal, weight: float = 1.0) -> None:
+        self.lattice_B33[row] = crystal.lattice_A
+        self.composition_BZ[row] = np.bincount(crystal.numbers_N, minlength=MAX_Z + 1)
+        self.weight_B[row] = weight
+
+    def fill_from_json(self, row: int, text: bytearray) -> None:
+        """From a `structure.json` whose checksum is right; one that holds no crystal is left out."""
+        with suppress(LookupError, TypeError, ValueError, RecursionError):
+            values = json.loads(text)
+            numbers = values["numbers"]
+            if min(numbers) >= 1 and max(numbers) <= MAX_Z:
+                self.composition_BZ[row] = np.bincount(numbers, minlength=MAX_Z + 1)
+                self.lattice_B33[row] = values["lattice_A"]
+
+    def sound(self) -> NDArray[np.bool_]:
+        """[B] which cells are filled and have a volume."""
+        with np.errstate(all="ignore"):
+            volumes = np.abs(np.linalg.det(self.lattice_B33))
+        sound: NDArray[np.bool_] = (volumes >= MIN_VOLUME_A3) & (volumes < np.inf)
+        return sound
+
+    def tensors(self, pinned: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """cell_B6, composition_BZ and weight_B."""
+        arrays = cells(self.lattice_B33), self.composition_BZ, self.weight_B
+        cell, composition, weight = (torch.from_numpy(array) for array in arrays)
+        return (cell.pin_memory(), composition.pin_memory(), weight.pin_memory()) if pinned else (cell, composition, weight)
+
+
+def cells(lattice_B33: NDArray[np.float64]) -> NDArray[np.float32]:
+    """[B, 6] `models.autoencoder.cell_numbers` of lattices; none depends on the others."""
+    lengths = np.sqrt((lattice_B33**2).sum(2))
+    cosines = [
+        (lattice_B33[:, i] * lattice_B33[:, j]).sum(1) / (lengths[:, i] * lengths[:, j]) for i, j in ((1, 2), (0, 2), (0, 1))
+    ]
+    return np.column_stack([np.log(lengths), *cosines]).astype(np.float32)
+
+
+def collate(records: list[Record]) -> CrystalBatch:
+    """Records as a CrystalBatch of copies. Raises ShardError where their shapes differ."""
+    shapes = {record.density_CDHW.shape: record.crystal.id for record in records}
+    if len(shapes) > 1:
+        told = ", ".join(f"{_times(shape)} ({id})" for shape, id in shapes.items())
+        raise ShardError(f"a batch needs grids of one shape, these {len(records)} have {told}; group them by shape")
+    about = _About(len(records))
+    for row, record in enumerate(records):
+        about.fill(row, record.crystal)
+    return CrystalBatch(
+        torch.from_numpy(np.stack([record.density_CDHW for record in records])),
+        torch.from_numpy(np.stack([record.species_DHW for record in records])),
+        *about.tensors(pinned=False),
+    )
+
+
+def _times(shape: Shape) -> str:
+    return " x ".join(map(str, shape))
