@@ -82,9 +82,10 @@ def test_two_nodes_stop_on_a_signal_go_on_after_a_kill_and_tell_no_secret(
     environment = {"PDSH_SSH_ARGS_APPEND": hosts.ssh_options, **SECRETS}
 
     with started(command, **environment) as process:
-        rank_1 = rank_at_step(run, 4, process, hosts.processes)
-        rank_1.suspend()  # the other rank waits for it
-        assert sorted(rank for rank in members(run, hosts.processes).values() if rank is not None) == [0, 1]
+        rank_at_step(run, 4, process, hosts.processes).suspend()  # the other rank waits for it
+        ranks = {rank: found for found, rank in members(run, hosts.processes).items() if rank is not None}
+        assert ranks.keys() == {0, 1}
+        ranks[0].suspend()
         handed_over = run / ".launch" / "environment"
         assert stat.S_IMODE(handed_over.stat().st_mode) == 0o600
         carried = set(SECRETS.values()) - {"secret-8"}
@@ -93,8 +94,9 @@ def test_two_nodes_stop_on_a_signal_go_on_after_a_kill_and_tell_no_secret(
         assert "secret-" not in command_lines()
         (launcher,) = psutil.Process(process.pid).children()
         launcher.send_signal(signal.SIGTERM)
-        wait_until(lambda: signal.SIGTERM in pending(rank_1), process)
-        rank_1.resume()
+        wait_until(lambda: all(signal.SIGTERM in pending(rank) for rank in ranks.values()), process)
+        for rank in ranks.values():
+            rank.resume()
         _, err = process.communicate(timeout=60)
         assert process.returncode == 85, err
         assert len([line for line in err.splitlines() if "asked to stop" in line]) == 1

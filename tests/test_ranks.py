@@ -100,12 +100,12 @@ def test_variables_that_say_half_are_refused(environment: dict[str, str], variab
         place()
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_rank_0_tells_a_fault_for_all() -> None:
     """Two real processes with half a launcher's variables: one line; the other rank is ended by its launcher meanwhile."""
     command = [sys.executable, "-m", "dist_train", "train", "--set", "engine.name=torch"]
     with started(command, RANK="0", LOCAL_RANK="0") as first, started(command, RANK="1", LOCAL_RANK="1") as second:
-        out, err = first.communicate(timeout=30)
+        out, err = first.communicate(timeout=60)
         assert second.poll() is None
     assert first.returncode == 2
     assert len(errors(subprocess.CompletedProcess(command, 2, out, err))) == 1
