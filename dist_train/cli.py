@@ -21,6 +21,15 @@ _USERS_FAULTS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb. Exit codes: 0 done, 2 an error that the user can mend (one message), 85 start again, 130 interrupted."""
     options = make_parser().parse_args(arguments)
+    code = _run(options)
+    if folder := getattr(options, "launch_dir", None):
+        from dist_train.ranks import tell_exit
+
+        tell_exit(folder, code)
+    return code
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         text = options.run(options)
     except DistTrainError as error:
@@ -57,6 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_verify(verbs)
     _add_inspect(verbs)
     _add_train(verbs)
+    _add_launch(verbs)
     _add_register(verbs)
     _add_evaluate(verbs)
     _add_generate(verbs)
@@ -188,17 +198,72 @@ def _inspect(options: argparse.Namespace) -> str:
 def _add_train(verbs: Verbs) -> None:
     parser = _verb(
         verbs, "train", "train, or go on from the newest checkpoint",
-        "One process, or one rank under a launcher: deepspeed --num_accelerators 2 --no_local_rank --module dist_train "
-        "train --config RUN.yaml. A run_dir with a checkpoint is taken up where it stopped.",
+        "One process, or one rank under a launcher: dist-train launch, deepspeed, torchrun or srun. A run_dir with a "
+        "checkpoint is taken up where it stopped.",
     )  # fmt: skip
     _config_options(parser)
+    parser.add_argument("--launch-dir", type=Path, metavar="DIR", help="folder that dist-train launch shares with its ranks")
     parser.set_defaults(run=_train)
 
 
 def _train(options: argparse.Namespace) -> str:
-    from dist_train.commands.training import train
+    from dist_train.ranks import take_environment, told_once
 
-    return train(_load(options))
+    with told_once(options.launch_dir):
+        if options.launch_dir:
+            take_environment(options.launch_dir)
+        from dist_train.commands.training import train
+
+        return train(_load(options))
+
+
+def _add_launch(verbs: Verbs) -> None:
+    parser = _verb(
+        verbs, "launch", "start the ranks of a training: on this machine, over ssh on several, or under Slurm",
+        "Checks everything first, then runs the launcher, passes SIGTERM, SIGINT and SIGUSR1 on to the ranks and leaves "
+        "none behind. Exit code 85: the ranks saved a checkpoint because of a signal and want to be started again.",
+    )  # fmt: skip
+    _config_options(parser)
+    parser.add_argument("--print", action="store_true", help="show what would run, to be copied (Slurm: the batch script)")
+    parser.add_argument(
+        "--launcher", choices=("deepspeed", "torchrun", "slurm"), default="deepspeed", help="what starts them"
+    )
+    parser.add_argument("--slurm", dest="launcher", action="store_const", const="slurm", help="short for --launcher slurm")
+    parser.add_argument("--ranks", type=_positive, help="processes on this machine; without it, one a GPU, or one")
+    parser.add_argument("--hostfile", type=Path, help="nodes, a line 'HOST slots=RANKS' each; reached by ssh, by pdsh's "
+                        "options in PDSH_SSH_ARGS_APPEND")  # fmt: skip
+    parser.add_argument("--nodes", type=_positive, help="nodes of a Slurm job")
+    parser.add_argument("--ranks-per-node", type=_positive, help="processes (GPUs) on each node of a Slurm job")
+    parser.add_argument("--master-addr", help="address of the first host of the hostfile, where its name isn't one")
+    parser.add_argument("--port", type=_positive, help="where the ranks meet; a free one on this machine, 29500 on several")
+    parser.add_argument("--restarts", type=_count, default=0, help="how often to start again after a rank was killed")
+    parser.set_defaults(run=_launch)
+
+
+def _positive(text: str) -> int:
+    """A whole number from 1 up."""
+    if not (number := _count(text)):
+        raise argparse.ArgumentTypeError("0 is too few: give a whole number from 1 up")
+    return number
+
+
+def _launch(options: argparse.Namespace) -> str:
+    from dist_train.commands.launch import LaunchOptions, make_plan, print_of, slurm_script, submit
+    from dist_train.commands.supervise import run
+
+    wanted = LaunchOptions(
+        options.config, tuple(options.set), options.launcher, options.ranks, options.hostfile, options.nodes,
+        options.ranks_per_node, options.master_addr, options.port,
+    )  # fmt: skip
+    if options.launcher == "slurm":
+        script = slurm_script(wanted)
+        return script.rstrip() if options.print else submit(script)
+    plan = make_plan(wanted)
+    if options.print:
+        return print_of(plan)
+    if code := run(plan, options.restarts):
+        raise SystemExit(code)
+    return ""
 
 
 def _add_register(verbs: Verbs) -> None:

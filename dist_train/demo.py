@@ -6,20 +6,20 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
 import psutil
 
+from dist_train.commands.launch import deepspeed_command, free_port, gpus, rank_environment
 from dist_train.config import RunConfig, load_config
 from dist_train.errors import ConfigError, DistTrainError
 from dist_train.files import write_text
+from dist_train.node import port_fault
 from dist_train.shards.index import Index
 from dist_train.tables import metrics_table
 
@@ -87,7 +87,8 @@ def run_demo(out: Path, port: int, epochs: int | None) -> str:
         raise ConfigError(f"the demo reads data/sample: run it in {ROOT}, not in {Path.cwd()}")
     demo = Demo(out, port or free_port(), [] if epochs is None else [f"train.epochs={epochs}"])
     config = load_config(run_file("demo"), tuple(demo.overrides))
-    _check_port(demo.port)
+    if fault := port_fault(demo.port):
+        raise ConfigError(f"port {demo.port} for the training ranks can't be used: {fault}; set --port 0")
     _clear(out)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running stage is ended too
     began = time.perf_counter()
@@ -98,10 +99,7 @@ def run_demo(out: Path, port: int, epochs: int | None) -> str:
 def _stages(demo: Demo, config: RunConfig) -> None:
     cli = [sys.executable, "-m", "dist_train"]
     out = demo.out
-    launcher = [
-        str(Path(sys.executable).with_name("deepspeed")), "--quiet", "--num_accelerators", str(_ranks(config)),
-        "--master_port", str(demo.port), "--no_local_rank", "--module", "dist_train", "train", *demo.config("demo"),
-    ]  # fmt: skip
+    launcher = [*deepspeed_command(_ranks(config), demo.port), "train", *demo.config("demo")]
     demo.run(
         "Ray voxelises CIF files and Materials Project cells of all families, on adaptive grids",
         [*cli, "voxelize", *demo.config("families")], f"{out}/shards/families",
@@ -155,33 +153,10 @@ def _closing(demo: Demo, seconds: float) -> str:
 
 def _ranks(config: RunConfig) -> int:
     """One rank a GPU (as many as share the global batch evenly), two where there is none."""
-    ranks = _gpus() or RANKS
+    ranks = gpus() or RANKS
     while config.train.global_batch_size % ranks:
         ranks -= 1
     return ranks
-
-
-@cache
-def _gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _check_port(port: int) -> None:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("", port))
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", error)
-            raise ConfigError(f"port {port} for the training ranks can't be used: {reason}; set --port 0") from None
 
 
 def _clear(out: Path) -> None:
@@ -199,11 +174,7 @@ def _shown(command: list[str]) -> str:
 
 def _run_measured(command: list[str]) -> tuple[int, float]:
     """(exit code, peak MiB) of a command in a process group of its own, which is ended with it."""
-    cores = str(max(1, (os.cpu_count() or 1) // RANKS))
-    environment = {"OMP_NUM_THREADS": cores, **os.environ}
-    if not _gpus():
-        environment.setdefault("DS_ACCELERATOR", "cpu")
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    process = subprocess.Popen(command, env={**os.environ, **rank_environment(RANKS)}, start_new_session=True)
     peak, done = [0.0], threading.Event()
     watcher = threading.Thread(target=_watch_memory, args=(process.pid, peak, done), daemon=True)
     watcher.start()

@@ -33,6 +33,19 @@ def sample_table() -> Callable[[str], list[Crystal]]:
 
 
 @pytest.fixture(scope="session")
+def undisturbed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run file of two ranks; beside it the shards, and in `whole` what `dist-train launch` made of it undisturbed."""
+    from launching import finished, launch_command, write_run
+
+    config = write_run(tmp_path_factory.mktemp("undisturbed"))
+    done = finished(launch_command(config, "--ranks", "2"))
+    assert done.returncode == 0, done.stderr
+    assert "12 steps done" in done.stdout
+    assert not (config.parent / "whole" / ".launch").exists()
+    return config
+
+
+@pytest.fixture(scope="session")
 def random_crystal() -> Callable[..., Crystal]:
     """random_crystal(seed, atoms): a rotated triclinic cell, of either hand, with edges of 3.7 to 4.7 angstrom.
 

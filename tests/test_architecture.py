@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = (
     ("errors",),
-    ("files", "progress", "config"),
+    ("files", "progress", "config", "ranks", "node"),
     ("crystal",),
     ("models",),
     ("shards",),

@@ -33,10 +33,11 @@ def test_every_verb_line_parses(line: str) -> None:
     assert callable(make_parser().parse_args(shlex.split(line)[1:]).run)
 
 
-@pytest.mark.parametrize("line", commands("deepspeed"))
+@pytest.mark.parametrize("line", [*commands("deepspeed"), *commands("torchrun"), *commands("srun")])
 def test_every_launcher_line_ends_in_a_verb_line(line: str) -> None:
     words = shlex.split(line)
-    assert callable(make_parser().parse_args(words[words.index("dist_train") + 1 :]).run)
+    verb = max(place for place, word in enumerate(words) if word in ("dist_train", "dist-train")) + 1
+    assert callable(make_parser().parse_args(words[verb:]).run)
 
 
 def test_every_run_file_it_names_loads() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from dist_train.config import RunConfig
 from dist_train.errors import ConfigError, DistTrainError
 from dist_train.models.autoencoder import CrystalAutoencoder
+from dist_train.ranks import place
 from dist_train.training.engine import (
     MOMENTS,
     ClippedAdamW,
@@ -61,9 +62,7 @@ def init_process_group() -> tuple[int, int]:
     """(rank, ranks) of this process, joined to the others; a process without a launcher is a group of one."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", "0" if os.environ["WORLD_SIZE"] == "1" else "29500")
+    place()
     import deepspeed
     import deepspeed.ops
 
@@ -76,7 +75,8 @@ def init_process_group() -> tuple[int, int]:
     except torch.distributed.DistNetworkError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise DistTrainError(
-            f"the ranks can't meet at {where}: {str(error).splitlines()[0]}; give the launcher a free --master_port"
+            f"the ranks can't meet at {where}: {str(error).splitlines()[0]}; "
+            "give the launcher a free --master_port (dist-train launch: --port)"
         ) from None
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 

@@ -21,13 +21,14 @@ import torch
 from dist_train import __version__
 from dist_train.config import RunConfig, load_config
 from dist_train.crystal.cif import write_cif
-from dist_train.errors import CheckpointError, ConfigError, DistTrainError, Interrupted, ModelError, OutOfMemory
+from dist_train.errors import CheckpointError, ConfigError, Interrupted, ModelError, OutOfMemory
 from dist_train.figures import loss_curves, slices
 from dist_train.files import write_text
 from dist_train.generate import encode
 from dist_train.models.autoencoder import CrystalAutoencoder, Statistics, cell_numbers, check_grid
 from dist_train.models.export import read_bundle, start_from, write_bundle
 from dist_train.models.reconstruct import Codec
+from dist_train.ranks import place
 from dist_train.shards.index import Index
 from dist_train.shards.prefetch import check_room
 from dist_train.shards.reader import Record, ShardReader, check_shards, whole
@@ -55,14 +56,8 @@ def train(config: RunConfig) -> str:
 
     Raises OutOfMemory where one of several ranks ran out of memory: they have to be started again together.
     """
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    try:
-        index = check_training(config, ranks)
-    except DistTrainError:
-        if rank:
-            # All ranks find the same fault; rank 0 tells it, and its exit makes the launcher end this one.
-            time.sleep(10)
-        raise
+    rank, ranks = place()
+    index = check_training(config, ranks)
     _be_deterministic()
     if config.engine.name == "deepspeed":
         from dist_train.backends.deepspeed_engine import init_process_group

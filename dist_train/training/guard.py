@@ -8,6 +8,8 @@ import threading
 from types import FrameType
 from typing import Any, Self
 
+from dist_train.errors import Interrupted
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """Schedulers send these shortly before they end a job."""
 
@@ -17,7 +19,11 @@ STDERR = 2
 
 
 class StopRequest:
-    """Notes SIGTERM and SIGUSR1 inside the block instead of dying of them; `made` is true from then on."""
+    """Notes SIGTERM and SIGUSR1 inside the block instead of dying of them; `made` is true from then on.
+
+    A block that was left by `Interrupted` has done what they ask for: they are ignored from then on, as a scheduler may send
+    them to one rank after another.
+    """
 
     def __init__(self) -> None:
         self.made = False
@@ -28,9 +34,9 @@ class StopRequest:
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if kind is Interrupted else handler)
 
     def _note(self, _number: int, _frame: FrameType | None) -> None:
         self.made = True
