@@ -111,6 +111,8 @@ def fork(request: Request, rank: int, port: int, run: Callable[[list[str]], int]
         code = run(request.arguments)
         sys.stdout.flush()
         sys.stderr.flush()
+    except SystemExit as error:
+        code = int(error.code or 0)
     except BaseException:
         import traceback
 
