@@ -106,9 +106,8 @@ class Objective(nn.Module):
         the batch would not add up over ranks.
         """
         density, cell, weight = self.scale.density(batch.density_BCDHW), self.scale.cell(batch.cell_B6), batch.weight_B
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.kind != "unet"):
-            posterior = self.model.encode(density, cell)
-            decoding = self.model.decode(reparameterise(posterior, noise.latent_BL.to(density.dtype)), batch.shape)
+        posterior = self.model.encode(density, cell)
+        decoding = self.model.decode(reparameterise(posterior, noise.latent_BL.to(density.dtype)), batch.shape)
         kl_BL = gaussian_kl(posterior)
         composition, log_count = self._counts(batch)
         parts = {
