@@ -349,7 +349,7 @@ class TrainConfig(Section):
     quarter of the memory for 1.2 to 1.3 times the time."""
     channels_last: bool = False
     """Lay out grids with the channels next to each other (torch.channels_last_3d): meant for GPUs, no faster on the CPUs
-    that were measured. Weights stay as they are: engines and checkpoints take them as flat runs of numbers."""
+    that were measured."""
     compile: bool = False
     """Compile the networks with torch.compile; needs a C++ compiler (CPU) or Triton (GPU)."""
     max_nonfinite: Count = 10

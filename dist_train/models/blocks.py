@@ -9,7 +9,7 @@ from math import pi
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import conv3d, pad
 from torch.utils.checkpoint import checkpoint
 
 from dist_train.crystal.voxelize import Shape
@@ -21,9 +21,20 @@ class GridConv(nn.Conv3d):
     A periodic grid is padded with its other side; one that isn't with zeros, the mean of a standardised channel.
     """
 
+    channels_last = False
+    """Whether the grid is laid out so before it is convolved. Weights aren't: DeepSpeed can't send such."""
+
     def __init__(self, n_in: int, n_out: int, kernel: int = 3, stride: int = 1, periodic: bool = True) -> None:
-        padding = (kernel - stride + 1) // 2
-        super().__init__(n_in, n_out, kernel, stride, padding=padding, padding_mode="circular" if periodic else "zeros")
+        margin = (kernel - stride + 1) // 2
+        super().__init__(n_in, n_out, kernel, stride, padding=0 if periodic else margin)
+        self.wrapped = margin if periodic else 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.wrapped:
+            x = pad(x, (self.wrapped,) * 6, mode="circular")
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last_3d)
+        return conv3d(x, self.weight, self.bias, self.stride, self.padding)
 
 
 @dataclass(frozen=True)

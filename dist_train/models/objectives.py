@@ -12,6 +12,7 @@ from dist_train.config import LossWeights, TrainConfig
 from dist_train.crystal.voxelize import Shape
 from dist_train.errors import ConfigError
 from dist_train.models.autoencoder import CrystalAutoencoder, CrystalBatch, Standardiser, composition_gate
+from dist_train.models.blocks import GridConv
 from dist_train.models.losses import (
     gaussian_kl,
     reparameterise,
@@ -78,7 +79,6 @@ class Objective(nn.Module):
         self.share = 0.0 if self.kind == "vae" else train.unet_share
         """Share of the crystals that the U-Net sees in a step of training."""
         self.scale = Standardiser(model, device, dtype)
-        self.channels_last = train.channels_last
         for network in self.frozen():
             network.requires_grad_(False)
 
@@ -106,11 +106,8 @@ class Objective(nn.Module):
         the batch would not add up over ranks.
         """
         density, cell, weight = self.scale.density(batch.density_BCDHW), self.scale.cell(batch.cell_B6), batch.weight_B
-        if self.channels_last:
-            density = density.contiguous(memory_format=torch.channels_last_3d)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.kind != "unet"):
-            posterior = self.model.encode(density, cell)
-            decoding = self.model.decode(reparameterise(posterior, noise.latent_BL.to(density.dtype)), batch.shape)
+        posterior = self.model.encode(density, cell)
+        decoding = self.model.decode(reparameterise(posterior, noise.latent_BL.to(density.dtype)), batch.shape)
         kl_BL = gaussian_kl(posterior)
         composition, log_count = self._counts(batch)
         parts = {
@@ -156,6 +153,9 @@ def prepare(objective: Objective, train: TrainConfig) -> Objective:
     networks = (model.encoder, model.decoder, model.unet)
     for network in networks:
         network.recompute = train.activation_checkpointing
+    for layer in objective.modules():
+        if isinstance(layer, GridConv):
+            layer.channels_last = train.channels_last
     if train.compile:
         if model.grid.shape == "adaptive":
             # Each of dozens of shapes would be compiled anew: one graph for all of them fails inside torch 2.13.

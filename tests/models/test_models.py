@@ -99,6 +99,7 @@ def test_names_and_order_of_parameters_stay_for_bundles_that_are_out_there() -> 
     ]  # fmt: skip
     assert model.decoder.up[1].weight.shape == (8, 8, 3, 3, 3)
     assert model.encoder.down[0][0].weight.shape == (4, 8, 4, 4, 4)
+    assert model.encoder.out.in_features == 8 * 3**3 + 64
 
 
 def test_gate_passes_present_elements_and_bars_absent_ones() -> None:

@@ -253,15 +253,20 @@ def test_activation_checkpointing_changes_no_bit(model: ModelConfig) -> None:
 @pytest.mark.parametrize("model", [LIGHT, PAPER], ids=["light", "paper"])
 def test_channels_last_changes_rounding_alone(model: ModelConfig) -> None:
     plain, last = make_objective(model=model), make_objective(model=model, channels_last=True)
+    seen = []
+    layer = last.model.unet.merge[0][0]
+    layer.register_forward_hook(lambda module, inputs, out: seen.extend([out, module.weight]))
     noise = make_noise(plain, range(3), 1.0)
     loss, gradients = loss_and_gradients(plain, make_batch(), noise)
     found, other = loss_and_gradients(last, make_batch(), noise)
+    assert [tensor.is_contiguous(memory_format=torch.channels_last_3d) for tensor in seen] == [True, False]
     assert found == pytest.approx(loss, rel=1e-5)
     same(other, gradients, 1e-3)
 
 
 COMPILE = """
-import torch
+import torch, torch._inductor.config
+torch._inductor.config.cpp.simdlen = 1  # half the time in the compiler
 from small_models import CPU, CUBE, LIGHT, loss_and_gradients, make_batch, make_objective
 from dist_train.models.objectives import step_noise
 model = LIGHT.model_copy(update={"vae_widths": (4,)})
