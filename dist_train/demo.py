@@ -15,11 +15,11 @@ from pathlib import Path
 
 import psutil
 
-from dist_train.commands.launch import deepspeed_command, free_port, gpus, rank_environment
+from dist_train.commands.launch import deepspeed_command, gpus, rank_environment
 from dist_train.config import RunConfig, load_config
 from dist_train.errors import ConfigError, DistTrainError
 from dist_train.files import write_text
-from dist_train.node import port_fault
+from dist_train.node import free_port, port_fault
 from dist_train.shards.index import Index
 from dist_train.tables import metrics_table
 

@@ -58,6 +58,13 @@ def port_fault(port: int) -> str | None:
     return None
 
 
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def send(folder: str, number: int, ranks_only: bool) -> int:
     """Signal the processes of a launch, known by its folder among their arguments; returns how many there were."""
     sent = 0

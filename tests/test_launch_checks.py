@@ -7,12 +7,13 @@ import socket
 from pathlib import Path
 
 import pytest
-from launching import free_port, write_run
+from launching import write_run
 
 from dist_train.cli import main
 from dist_train.commands import launch
 from dist_train.commands.launch import deepspeed_command, read_hostfile
 from dist_train.errors import ConfigError
+from dist_train.node import free_port
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -19,7 +18,7 @@ from typing import Any, Literal
 from dist_train.commands.training import check_training
 from dist_train.config import RunConfig, load_config
 from dist_train.errors import ConfigError, Interrupted
-from dist_train.node import port_fault
+from dist_train.node import free_port, port_fault
 from dist_train.ranks import CARRIED, ENVIRONMENT, EXIT_CODE
 
 Launcher = Literal["deepspeed", "torchrun", "slurm"]
@@ -141,13 +140,6 @@ def gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 # Several nodes

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from processes import free_port
+
+from dist_train.node import free_port
 
 END_SECONDS = 1.0
 """What a launcher gives the other ranks after one has ended badly."""

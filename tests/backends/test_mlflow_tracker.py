@@ -15,7 +15,7 @@ from pathlib import Path
 import mlflow
 import pandas as pd
 import pytest
-from processes import free_port, started, wait_until
+from processes import started, wait_until
 from small_run import small_config, write_small_shards
 
 from dist_train.backends import mlflow_tracker
@@ -27,6 +27,7 @@ from dist_train.config import RunConfig
 from dist_train.crystal.cif import parse_cif, write_cif
 from dist_train.errors import ConfigError, DataError, ModelError
 from dist_train.models.export import read_bundle
+from dist_train.node import free_port
 from dist_train.shards.index import Index
 from dist_train.shards.reader import ShardReader
 from dist_train.training.tracker import Spool, read_spool

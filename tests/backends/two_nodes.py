@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 
 from ray.cluster_utils import Cluster
 
+from dist_train.node import free_port
+
 # A node takes all of the machine's memory unless it is told.
 SIZE = {"num_cpus": 1, "memory": 500 * 2**20, "object_store_memory": 100 * 2**20}
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def main() -> None:

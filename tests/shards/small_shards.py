@@ -23,6 +23,8 @@ from dist_train.shards.index import Index, Sample, ShardRecord, config_hash
 TABLES = Path(__file__).parents[2] / "data" / "sample"
 CUBE = GridSpec(shape=16, max_spacing_A=0.5, channels=("occupancy", "period"))
 ADAPTIVE = GridSpec(shape="adaptive")
+CRYSTALS, PER_SHARD = 22, 8
+"""Of the shards of the fixtures."""
 
 
 def real_crystals(count: int, grid: GridSpec = CUBE, table: str = "perov_5") -> list[Crystal]:

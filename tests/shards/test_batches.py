@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_shards import ADAPTIVE, CUBE, damage, real_crystals, rewritten_member
-from small_shards import write_shards as write_real_shards
+from small_shards import ADAPTIVE, CRYSTALS, CUBE, damage, real_crystals, rewritten_member, write_shards
 
 from dist_train.config import GridSpec
 from dist_train.crystal.frames import representable
@@ -24,28 +23,10 @@ from dist_train.shards.index import Index
 from dist_train.shards.order import BatchPlan
 from dist_train.shards.reader import ShardReader
 
-CRYSTALS = 22
 CUBE_SHAPE = (16, 16, 16)
-PER_SHARD = 8
 WAIT_S = 10
 META = torch.device("meta")
 """No CPU and no data: what is asked of the loader for a device that makes grids itself."""
-
-
-def write_shards(folder: Path) -> Index:
-    """Real perovskites in three shards of the training split."""
-    return write_real_shards(folder, real_crystals(CRYSTALS), per_shard=PER_SHARD)
-
-
-@pytest.fixture(scope="module")
-def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
-    return write_shards(tmp_path_factory.mktemp("shared"))
-
-
-@pytest.fixture
-def own_index(tmp_path: Path) -> Index:
-    """Shards that a test may damage."""
-    return write_shards(tmp_path)
 
 
 def plan_of(
@@ -82,7 +63,7 @@ def test_a_batch_holds_its_records(index: Index) -> None:
 
 
 def test_mixed_shapes_are_not_collated(tmp_path: Path) -> None:
-    reader = ShardReader(write_real_shards(tmp_path, real_crystals(20, ADAPTIVE, "materials_project"), ADAPTIVE), "train")
+    reader = ShardReader(write_shards(tmp_path, real_crystals(20, ADAPTIVE, "materials_project"), ADAPTIVE), "train")
     assert len(set(reader.shapes)) > 1
     records = [reader[place] for place in range(20)]
     with pytest.raises(ShardError, match=r"a batch needs grids of one shape, these 20 have 1 x \d+ x \d+ x \d+ \(mp-"):
@@ -105,7 +86,7 @@ def test_cells_are_those_of_the_models_whatever_else_is_in_the_batch() -> None:
 @pytest.mark.parametrize("encoding", ["raw", "compact"])
 @pytest.mark.parametrize("threads", [1, 4])
 def test_batches_are_those_of_the_plan(tmp_path: Path, encoding: str, threads: int) -> None:
-    reader = ShardReader(write_real_shards(tmp_path, real_crystals(CRYSTALS), encoding=encoding), "train")
+    reader = ShardReader(write_shards(tmp_path, real_crystals(CRYSTALS), encoding=encoding), "train")
     plan = plan_of(reader, window=7)
     got = batches_of(reader, plan, threads=threads)
     assert [item.step for item in got] == list(range(10))
@@ -116,7 +97,7 @@ def test_batches_are_those_of_the_plan(tmp_path: Path, encoding: str, threads: i
 
 
 def test_batches_of_mixed_shapes_are_of_one_shape_each(tmp_path: Path) -> None:
-    index = write_real_shards(tmp_path, real_crystals(40, ADAPTIVE, "materials_project"), ADAPTIVE)
+    index = write_shards(tmp_path, real_crystals(40, ADAPTIVE, "materials_project"), ADAPTIVE)
     reader = ShardReader(index, "train")
     plan = plan_of(reader, global_batch=2, window=10)
     found = batches_of(reader, plan)
@@ -225,7 +206,7 @@ def test_only_a_few_batches_are_read_ahead(index: Index, threads: int) -> None:
 def test_a_damaged_sample_is_named_and_left_out_and_the_others_are_untouched(
     tmp_path: Path, store: str, encoding: str
 ) -> None:
-    index = write_real_shards(tmp_path, real_crystals(CRYSTALS), store=store, encoding=encoding)
+    index = write_shards(tmp_path, real_crystals(CRYSTALS), store=store, encoding=encoding)
     reader = ShardReader(index, "train")
     plan = plan_of(reader, window=9)
     whole = batches_of(reader, plan)
@@ -310,7 +291,7 @@ def test_a_structure_that_is_none_is_damage_though_its_checksum_is_right(own_ind
 
 def structures(folder: Path, spec: GridSpec = CUBE, count: int = CRYSTALS, copies: int = 1) -> ShardReader:
     crystals = real_crystals(count, spec)
-    return ShardReader(write_real_shards(folder, crystals, spec, "structures", copies=copies), "train")
+    return ShardReader(write_shards(folder, crystals, spec, "structures", copies=copies), "train")
 
 
 WINDOW = GridSpec(frame="window", shape=16, box_A=4.5, random_rotation=True, random_origin=True)

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_shards import ADAPTIVE, CUBE, TABLES, damage, flip_byte, real_crystals
-from small_shards import write_shards as write_real_shards
+from small_shards import ADAPTIVE, CRYSTALS, CUBE, PER_SHARD, TABLES, damage, flip_byte, real_crystals, write_shards
 
 from dist_train.config import GridSpec
 from dist_train.crystal.frames import placed, representable
@@ -23,25 +22,6 @@ from dist_train.errors import ShardError
 from dist_train.shards import reader as reading
 from dist_train.shards.index import Index
 from dist_train.shards.reader import ShardReader, check_shards, whole
-
-CRYSTALS = 22
-PER_SHARD = 8
-
-
-def write_shards(folder: Path) -> Index:
-    """Real perovskites in three shards of the training split."""
-    return write_real_shards(folder, real_crystals(CRYSTALS), per_shard=PER_SHARD)
-
-
-@pytest.fixture(scope="module")
-def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
-    return write_shards(tmp_path_factory.mktemp("shared"))
-
-
-@pytest.fixture
-def own_index(tmp_path: Path) -> Index:
-    """Shards that a test may damage."""
-    return write_shards(tmp_path)
 
 
 def test_samples_are_the_voxelised_crystals(index: Index) -> None:
@@ -66,7 +46,7 @@ def test_structures_are_voxelised_as_the_grids_that_are_stored(tmp_path: Path, s
     crystals = real_crystals(6, spec, "materials_project")
     copies = 2 if spec.random_rotation else 1
     stored, alone = (
-        ShardReader(Index.read(write_real_shards(tmp_path / store, crystals, spec, store, copies=copies).root), "train")
+        ShardReader(Index.read(write_shards(tmp_path / store, crystals, spec, store, copies=copies).root), "train")
         for store in ("grids", "structures")
     )
     assert stored.shapes == alone.shapes
@@ -83,7 +63,7 @@ def test_structures_are_voxelised_as_the_grids_that_are_stored(tmp_path: Path, s
 
 def test_compact_samples_are_the_raw_ones_but_for_the_last_digits(tmp_path: Path, index: Index) -> None:
     raw = ShardReader(index, "train")
-    compact = ShardReader(write_real_shards(tmp_path, real_crystals(CRYSTALS), encoding="compact"), "train")
+    compact = ShardReader(write_shards(tmp_path, real_crystals(CRYSTALS), encoding="compact"), "train")
     for place in range(CRYSTALS):
         one, other = raw[place], compact[place]
         np.testing.assert_array_equal(one.species_DHW, other.species_DHW)
@@ -94,7 +74,7 @@ def test_compact_samples_are_the_raw_ones_but_for_the_last_digits(tmp_path: Path
 
 @pytest.mark.parametrize(("store", "encoding"), [("grids", "raw"), ("grids", "compact"), ("structures", "raw")])
 def test_threads_that_read_at_once_read_the_same(tmp_path: Path, store: str, encoding: str) -> None:
-    reader = ShardReader(write_real_shards(tmp_path, real_crystals(12), store=store, encoding=encoding), "train")
+    reader = ShardReader(write_shards(tmp_path, real_crystals(12), store=store, encoding=encoding), "train")
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(reader.__getitem__, [*range(12)] * 3))
     for place, record in zip([*range(12)] * 3, found, strict=True):
@@ -119,7 +99,7 @@ def test_a_sample_that_is_not_what_the_index_says_is_named(index: Index, tmp_pat
     read(index, members={name: (0, 2**62) for name in sample.members})
     whole = ShardReader(index, "train")._members(index.shards[0], sample)
     read(index, members={"structure.json": sample.members["species.npy"]}, crc32=zlib.crc32(whole["species.npy"]))
-    alone = write_real_shards(tmp_path, real_crystals(2), store="structures")
+    alone = write_shards(tmp_path, real_crystals(2), store="structures")
     read(alone, shape=(16, 16, 8))
     small = alone.config | {"grid": CUBE.model_dump(mode="json") | {"max_spacing_A": 0.1}}
     with pytest.raises(ShardError, match=r"is damaged \(spacing of"):
@@ -175,7 +155,7 @@ def test_cut_and_missing_shards_are_named(own_index: Index) -> None:
 
 
 def test_whole_shards_of_the_splits_asked_for_pass_the_check(tmp_path: Path) -> None:
-    index = write_real_shards(tmp_path, real_crystals(12), per_shard=4, val=4)
+    index = write_shards(tmp_path, real_crystals(12), per_shard=4, val=4)
     (tmp_path / index.split("val")[0].name).unlink()
     check_shards(index, ("train",))
     with pytest.raises(ShardError, match=r"1 shards of .*val-000000\.tar is missing"):
@@ -183,7 +163,7 @@ def test_whole_shards_of_the_splits_asked_for_pass_the_check(tmp_path: Path) -> 
 
 
 def test_a_long_list_of_missing_shards_is_cut(tmp_path: Path) -> None:
-    index = write_real_shards(tmp_path, real_crystals(8), per_shard=1)
+    index = write_shards(tmp_path, real_crystals(8), per_shard=1)
     for shard in index.shards:
         (tmp_path / shard.name).unlink()
     with pytest.raises(ShardError, match=r"8 shards of .*train-000004\.tar is missing and 3 more; run dist-train verify"):
@@ -200,7 +180,7 @@ def test_a_shard_that_is_cut_while_it_is_read_is_an_error_not_the_end_of_the_pro
 
 def test_few_files_are_open_at_a_time_and_none_after_the_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "OPEN_FILES", 3)
-    reader = ShardReader(write_real_shards(tmp_path, real_crystals(CRYSTALS), per_shard=1), "train")
+    reader = ShardReader(write_shards(tmp_path, real_crystals(CRYSTALS), per_shard=1), "train")
 
     def held() -> int:
         links = (f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd"))

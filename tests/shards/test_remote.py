@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import fsspec
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
+from s3_server import s3_server
 from small_shards import real_crystals, write_shards
 
 from dist_train.config import DataConfig, load_config
@@ -42,35 +42,9 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Index:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A server of the S3 API, moto's, on this machine; the file of its requests."""
-    import s3fs
-
-    s3fs.S3FileSystem.clear_instance_cache()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log"
-    keys = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-    env = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        **dict.fromkeys(keys, "testing"),
-    }
-    code = "import sys; from moto.server import main; main(['-H', '127.0.0.1', '-p', sys.argv[1]])"
-    with pytest.MonkeyPatch.context() as patch, log.open("wb") as stream:
-        for name, value in env.items():
-            patch.setenv(name, value)
-        process = subprocess.Popen([sys.executable, "-c", code, str(port)], stderr=stream, stdout=stream)
-        try:
-            for _ in range(300):
-                with socket.socket() as probe:
-                    if probe.connect_ex(("127.0.0.1", port)) == 0:
-                        break
-                time.sleep(0.1)
-            yield log
-        finally:
-            process.kill()
-            process.wait()
-            s3fs.S3FileSystem.clear_instance_cache()
+    with s3_server(log):
+        yield log
 
 
 @pytest.fixture

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import gzip
-import socket
 import subprocess
 import sys
 import tarfile
 import tempfile
-import time
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,6 +16,7 @@ import fsspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from s3_server import s3_server
 from small_shards import real_crystals, write_shards
 
 from dist_train.config import DataConfig, GridSpec
@@ -340,23 +339,9 @@ def test_urls(memory: str, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def s3(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def s3(folder: Path, tmp_path: Path) -> Iterator[str]:
     """A bucket on a server of the S3 API, moto's, on this machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    keys = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-    for name, value in (("AWS_ENDPOINT_URL", url), ("AWS_DEFAULT_REGION", "us-east-1"), *((key, "testing") for key in keys)):
-        monkeypatch.setenv(name, value)
-    code = "import sys; from moto.server import main; main(['-H', '127.0.0.1', '-p', sys.argv[1]])"
-    server = subprocess.Popen([sys.executable, "-c", code, str(port)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    try:
-        for _ in range(300):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.1)
+    with s3_server(tmp_path / "log"):
         system = fsspec.filesystem("s3", skip_instance_cache=True)
         system.mkdir("box")
         PACKERS["a.tar.gz"](folder, tmp_path / "a.tar.gz")
@@ -365,9 +350,6 @@ def s3(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
         write_shards(tmp_path / "shards", CRYSTALS)
         system.put(f"{tmp_path}/", "box/", recursive=True)
         yield "s3://box"
-    finally:
-        server.kill()
-        server.wait()
 
 
 def test_s3(s3: str, tmp_path: Path) -> None:
