@@ -57,7 +57,7 @@ class Checkpoints:
         self.folder, self.config = folder, config
         self._host: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._error: Exception | None = None
 
     def save(self, engine: Engine, state: TrainState) -> None:
         """Begin a checkpoint, after the one before is done with; called by all ranks.
@@ -95,7 +95,7 @@ class Checkpoints:
     def _work(self, engine: Engine, snapshot: Snapshot) -> None:
         try:
             self._write(engine, snapshot)
-        except BaseException as error:
+        except Exception as error:  # raised in the training thread, by `wait`
             self._error = error
 
     def _write(self, engine: Engine, snapshot: Snapshot) -> None:
