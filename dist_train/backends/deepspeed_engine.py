@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -177,21 +178,15 @@ class DeepSpeedEngine(Engine):
     def step(self, parts: Sequence[Part], learning_rate: float, kl_weight: float) -> StepResult:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        sums: list[Tensor] = []
+        found = []
         for batch, noise in parts:
-            loss, named = self.engine(batch, noise, kl_weight)
-            self.engine.backward(loss / len(parts), scale_wrt_gas=False)
-            sums.append(torch.stack([loss.detach(), *named.values()]) / len(parts))
+            found.append(self.engine(batch, noise, kl_weight))
+            self.engine.backward(found[-1][0] / len(parts), scale_wrt_gas=False)
         scale = self._scale()
         self.engine.step()
         applied = bool(self.engine.was_step_applied())
-        if applied:
-            self.average.update(self.updates)
-            self.updates += 1
-        loss, *values = torch.stack(sums).sum(0)
-        norm = float(self.engine.get_global_grad_norm())
-        found = dict(zip(named, values, strict=True))
-        return StepResult(loss, found, norm, applied, rescaled=not applied and self._scale() < scale)
+        result = self.stepped(found, float(self.engine.get_global_grad_norm()), applied)
+        return replace(result, rescaled=not applied and self._scale() < scale)
 
     def refresh(self) -> None:
         import deepspeed

@@ -91,6 +91,14 @@ class Engine(ABC):
     def refresh(self) -> None:
         """Tell the optimiser and the networks, on all ranks, that `updates` and the pieces were written."""
 
+    def stepped(self, found: Sequence[tuple[Tensor, dict[str, Tensor]]], norm: float, applied: bool) -> StepResult:
+        """The end of a step: the average follows an update. found: the loss of each part of the batch, and its parts."""
+        if applied:
+            self.average.update(self.updates)
+            self.updates += 1
+        loss, *values = torch.stack([torch.stack([loss.detach(), *named.values()]) for loss, named in found]).mean(0)
+        return StepResult(loss, dict(zip(found[0][1], values, strict=True)), norm, applied)
+
     def whole(self, values: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
         """(name, float32 tensor) of every trained parameter from the pieces of all ranks; `values` replace the weights."""
         mine: dict[str, list[tuple[Piece, Tensor]]] = {}
@@ -225,19 +233,13 @@ class TorchEngine(Engine):
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.zero_grad(set_to_none=True)
-        sums: list[Tensor] = []
+        found = []
         for batch, noise in parts:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-                loss, named = self.objective(batch, noise, kl_weight)
-            (loss / len(parts)).backward()
-            sums.append(torch.stack([loss.detach(), *named.values()]) / len(parts))
+                found.append(self.objective(batch, noise, kl_weight))
+            (found[-1][0] / len(parts)).backward()
         self.optimizer.step()
-        applied = not self.optimizer.overflow
-        if applied:
-            self.average.update(self.updates)
-            self.updates += 1
-        loss, *values = torch.stack(sums).sum(0)
-        return StepResult(loss, dict(zip(named, values, strict=True)), self.optimizer._global_grad_norm, applied)
+        return self.stepped(found, self.optimizer._global_grad_norm, not self.optimizer.overflow)
 
     def refresh(self) -> None:
         set_updates(self.optimizer, self.updates)
