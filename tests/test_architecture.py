@@ -30,6 +30,7 @@ LAYERS = (
         "bench",
         "dataset_card",
         "inspect_sample",
+        "plan",
     ),
     ("backends",),
     ("commands", "bench_shard"),
