@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from math import prod, sqrt
@@ -11,16 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.config import RunConfig
-from dist_train.crystal.voxelize import Shape
-from dist_train.models.cost import activation_bytes, flops_per_sample, meta_model
+from dist_train.models.cost import activation_bytes, mean_flops, meta_model
 from dist_train.shards.index import Index
 from dist_train.shards.order import BatchPlan
 from dist_train.training.engine import check_batch
 
 FAILURES_PER_DEVICE_HOUR = 2.0e-5
 """Llama 3's training on 16,384 GPUs stopped 419 times in 54 days (Grattafiori et al. 2024)."""
-DEVICES = {"h200": (989e12, 141e9), "h100": (989e12, 80e9), "a100": (312e12, 80e9), "l40s": (362e12, 48e9)}
-"""Dense bf16 FLOP a second, and bytes of memory, from the makers' data sheets."""
 UTILISATION = 0.35
 """Share of a device's arithmetic that training is taken to reach."""
 CHECKPOINT_BYTES = 16
@@ -132,12 +128,6 @@ def states_bytes(parameters: int, trained: int, ranks: int, stage: int, precisio
     weights = low * parameters * (share if stage == 3 else 1)
     gradients = (4 if parts > 1 else low) * trained * (share if stage > 1 else 1)
     return round(weights + gradients + trained * (4 + 8 + 4) * share)
-
-
-def mean_flops(config: RunConfig, elements: int, shapes: list[Shape]) -> float:
-    """FLOP of a crystal of the training split: in the mean over its shapes, in proportion to their voxels."""
-    common, _ = Counter(shapes).most_common(1)[0]
-    return flops_per_sample(config, elements, common) / prod(common) * sum(map(prod, shapes)) / len(shapes)
 
 
 def _warnings(config: RunConfig, order: BatchPlan, found: Forecast, machine: Machine) -> Iterator[str]:

@@ -14,12 +14,13 @@ from dist_train.commands.training import build_model, check_training
 from dist_train.config import RunConfig
 from dist_train.models.cost import flops_per_sample
 from dist_train.models.objectives import step_noise
-from dist_train.plan import DEVICES, UTILISATION, Forecast, Machine, forecast
+from dist_train.plan import UTILISATION, Forecast, Machine, forecast
 from dist_train.shards.batches import train_batches
 from dist_train.shards.index import Index
 from dist_train.shards.order import BatchPlan
 from dist_train.shards.reader import ShardReader
 from dist_train.training.engine import TorchEngine, check_batch
+from dist_train.training.meter import DEVICES
 
 ROUNDS = 5
 HERE = "here"

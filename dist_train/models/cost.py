@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+from math import prod
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -38,6 +42,12 @@ def flops_per_sample(config: RunConfig, elements: int, shape: Shape) -> float:
     with FlopCounterMode(display=False) as unet:
         _run_unet(model, config, seen)
     return float(vae.get_total_flops() + config.train.unet_share * unet.get_total_flops())
+
+
+def mean_flops(config: RunConfig, elements: int, shapes: Sequence[Shape]) -> float:
+    """FLOP of a crystal of the training split: in the mean over its shapes, in proportion to their voxels."""
+    common, _ = Counter(shapes).most_common(1)[0]
+    return flops_per_sample(config, elements, common) / prod(common) * sum(map(prod, shapes)) / len(shapes)
 
 
 def activation_bytes(config: RunConfig, elements: int, shape: Shape) -> float:

@@ -13,6 +13,7 @@ import torch
 from dist_train.config import RunConfig
 from dist_train.errors import DistTrainError, Interrupted
 from dist_train.models.autoencoder import CrystalBatch
+from dist_train.models.cost import mean_flops
 from dist_train.models.objectives import PARTS, Objective, step_noise
 from dist_train.models.reconstruct import Codec
 from dist_train.progress import Progress
@@ -22,7 +23,7 @@ from dist_train.shards.reader import DamagedSample, Record, ShardReader
 from dist_train.training.checkpoint import Checkpoints
 from dist_train.training.engine import Engine, Part, check_batch
 from dist_train.training.guard import StopRequest, Watchdog
-from dist_train.training.meter import Meter, reduce_step
+from dist_train.training.meter import Meter, peak_flops, reduce_step
 from dist_train.training.state import TrainState, kl_warmup, learning_rate
 from dist_train.training.tracker import Tracker
 
@@ -43,7 +44,8 @@ def fit(
     settings = config.train
     plan = batch_plan(config, train, engine.rank, engine.ranks)
     last = min(plan.steps, settings.stop_after_step or plan.steps)
-    meter, shown, data = Meter(engine, settings.global_batch_size), {}, config.data
+    meter = Meter(engine, settings.global_batch_size, *arithmetic(config, engine, train))
+    shown, data = {}, config.data
     with (
         Progress("train", plan.steps, "steps", state.step, shown=engine.rank == 0) as progress,
         Watchdog(settings.watchdog_seconds) as watchdog,
@@ -98,6 +100,14 @@ def batch_plan(config: RunConfig, train: ShardReader, rank: int, ranks: int) -> 
         train.shapes, train.shard_sizes, settings.global_batch_size, settings.epochs, config.seed, rank, ranks,
         config.data.shuffle_window,
     )  # fmt: skip
+
+
+def arithmetic(config: RunConfig, engine: Engine, train: ShardReader) -> tuple[float, float]:
+    """FLOP of a crystal, in the mean over the training split, and FLOP a second of this rank's device; 0 if unknown."""
+    shapes = [(d, h, w) for d, h, w in train.shapes]
+    return mean_flops(config, len(engine.objective.model.elements), shapes), peak_flops(
+        engine.device, config.train.precision
+    )
 
 
 def _parts(config: RunConfig, engine: Engine, step: int, batch: CrystalBatch) -> Iterator[Part]:

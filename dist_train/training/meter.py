@@ -16,6 +16,18 @@ from dist_train.training.state import TrainState
 T = TypeVar("T")
 
 
+DEVICES = {"h200": (989e12, 141e9), "h100": (989e12, 80e9), "a100": (312e12, 80e9), "l40s": (362e12, 48e9)}
+"""Dense bf16 FLOP a second, and bytes of memory, from the makers' data sheets."""
+
+
+def peak_flops(device: torch.device, precision: str) -> float:
+    """Dense FLOP a second of a GPU by its name, in bf16 or fp16; 0 for one that isn't known, for a CPU and in fp32."""
+    if device.type != "cuda" or precision == "fp32":
+        return 0.0
+    name = torch.cuda.get_device_name(device).lower()
+    return next((flops for known, (flops, _) in DEVICES.items() if known in name), 0.0)
+
+
 @dataclass(frozen=True)
 class Reduced:
     """A step's figures over all ranks: means of loss and parts, damaged samples, and whether any was asked to stop."""
