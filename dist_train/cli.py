@@ -357,7 +357,9 @@ def _generate(options: argparse.Namespace) -> str:
 
 def _add_bench(verbs: Verbs) -> None:
     parser = _verb(verbs, "bench", "measure the speed of the project's core on this machine, beside the targets")
-    parser.add_argument("names", nargs="+", choices=("voxelize", "decode", "shard"), help="what to measure")
+    parser.add_argument(
+        "names", nargs="+", choices=("voxelize", "decode", "shard", "loader", "step"), help="what to measure"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object with `rows` instead of a table")
     parser.add_argument("--sample", type=Path, default=Path("data/sample"), help="folder of the shipped crystals")
     parser.set_defaults(run=_bench)
@@ -369,11 +371,13 @@ def _bench(options: argparse.Namespace) -> str:
 
     from dist_train.bench import core_rows
     from dist_train.bench_shard import shard_rows
+    from dist_train.bench_train import loader_rows, step_rows
     from dist_train.tables import bench_line
 
+    others = {"shard": shard_rows, "loader": loader_rows, "step": step_rows}
     rows = []
     for name in options.names:
-        for row in shard_rows(options.sample) if name == "shard" else core_rows(name, options.sample):
+        for row in others[name](options.sample) if name in others else core_rows(name, options.sample):
             rows.append(asdict(row))
             if not options.json:
                 print(bench_line(rows[-1]), flush=True)

@@ -33,7 +33,7 @@ LAYERS = (
         "plan",
     ),
     ("backends",),
-    ("commands", "bench_shard"),
+    ("commands", "bench_shard", "bench_train"),
     ("demo",),
     ("cli",),
     ("__main__",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -83,7 +84,9 @@ def fit(
                 state = replace(state, validation_loss=found["val/loss"])
                 shown["val_exact"] = f"{found['val/composition_exact']:.1%}"
             if state.step % settings.checkpoint_every == 0 or done:
+                began = time.perf_counter()
                 checkpoints.save(engine, state)
+                meter.saving += time.perf_counter() - began
             progress.update(1, loss=f"{reduced.loss:.3f}", grad=f"{result.gradient_norm:.2f}", **shown)
             watchdog.beat()
             if reduced.stop:

@@ -65,6 +65,8 @@ class Meter:
     _step_seconds: float = 0.0
     _since: float = field(default_factory=time.perf_counter)
     _wait_began: float = 0.0
+    saving: float = 0.0
+    """Seconds that training has waited for checkpoints since this start."""
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
         """The batches, with the wait for each measured."""
@@ -92,6 +94,7 @@ class Meter:
             "samples_per_second": rate,
             "samples_per_second_rank": rate / self.engine.ranks,
             "data_wait_percent": 100 * self._waited / (now - self._since),
+            "checkpoint_seconds": self.saving,
             "step_seconds": self._step_seconds / max(self._steps, 1),
             "memory_GiB": memory_GiB(self.engine.device),
             "goodput_percent": 100 * min(1.0, state.useful_seconds / max(time.time() - state.began, 1e-9)),
