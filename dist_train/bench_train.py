@@ -26,6 +26,7 @@ from dist_train.config import RunConfig, load_config
 from dist_train.crystal.parquet import parquet_length, read_parquet_rows, write_parquet
 from dist_train.crystal.structure import Crystal
 from dist_train.errors import DataError
+from dist_train.models.blocks import Style
 from dist_train.models.objectives import step_noise
 from dist_train.models.unet import AttentionUNet
 from dist_train.shards.batches import train_batches
@@ -129,7 +130,7 @@ def step_rows(sample: Path) -> Iterator[Row]:
             "one",
             "bare",
             LOOP_SHARE,
-            "DeepSpeed, loading and tracking on; reference: a bare torch loop on one batch in memory",
+            "DeepSpeed, loading and tracking on; reference: a bare loop on a batch in memory",
         ),
         ("two", "one", TWO_RANKS, "two ranks of one thread; reference: one"),
     ):
@@ -203,7 +204,7 @@ def _bf16() -> Row:
     if not {"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split()):
         return Row(f"{case} (this CPU has no bf16)", float("nan"), "s")
     times = {dtype: list[float]() for dtype in (torch.bfloat16, torch.float32)}
-    networks = {dtype: AttentionUNet(1, 95, 64, 5).to(dtype) for dtype in times}
+    networks = {dtype: AttentionUNet(1, 95, 64, 5, Style(periodic=False, paper=True, groups=8)).to(dtype) for dtype in times}
     for _ in range(ROUNDS + 1):
         for dtype, network in networks.items():
             began = time.perf_counter()
