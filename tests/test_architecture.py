@@ -30,7 +30,7 @@ LAYERS = (
         "bench",
         "dataset_card",
         "inspect_sample",
-        "plan",
+        "forecast",
     ),
     ("backends",),
     ("commands", "bench_shard", "bench_train"),

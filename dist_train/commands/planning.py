@@ -12,9 +12,9 @@ import torch
 
 from dist_train.commands.training import build_model, check_training
 from dist_train.config import RunConfig
+from dist_train.forecast import UTILISATION, Forecast, Machine, forecast
 from dist_train.models.cost import flops_per_sample
 from dist_train.models.objectives import step_noise
-from dist_train.plan import UTILISATION, Forecast, Machine, forecast
 from dist_train.shards.batches import train_batches
 from dist_train.shards.index import Index
 from dist_train.shards.order import BatchPlan

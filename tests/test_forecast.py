@@ -13,8 +13,8 @@ from dist_train.commands.planning import plan
 from dist_train.commands.training import build_model
 from dist_train.config import RunConfig
 from dist_train.errors import ConfigError
+from dist_train.forecast import Machine, forecast, states_bytes
 from dist_train.models.cost import activation_bytes, flops_per_sample
-from dist_train.plan import Machine, forecast, states_bytes
 from dist_train.shards.index import Index
 from dist_train.shards.reader import ShardReader
 from dist_train.training.engine import TorchEngine
