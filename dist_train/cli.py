@@ -65,6 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_voxelize(verbs)
     _add_verify(verbs)
     _add_inspect(verbs)
+    _add_plan(verbs)
     _add_train(verbs)
     _add_launch(verbs)
     _add_register(verbs)
@@ -193,6 +194,34 @@ def _inspect(options: argparse.Namespace) -> str:
     from dist_train.commands.shards import inspect_shards
 
     return inspect_shards(options.shards, options.sample, options.out)
+
+
+def _add_plan(verbs: Verbs) -> None:
+    parser = _verb(
+        verbs, "plan", "what a training will take: steps, memory, arithmetic, bytes, checkpoints, hours",
+        "Needs the shards' index, no GPU and seconds. Warns of what would go wrong.",
+    )  # fmt: skip
+    _config_options(parser)
+    parser.add_argument("--world-size", type=_positive, default=1, metavar="N", help="ranks (devices); without it, 1")
+    parser.add_argument(
+        "--device", choices=("h200", "h100", "a100", "l40s", "here"), default="h200",
+        help="what the ranks run on; 'here' takes a few steps on this machine",
+    )  # fmt: skip
+    parser.add_argument("--utilisation", type=float, default=0.35, help="share of its bf16 arithmetic that is reached")
+    parser.add_argument("--network", type=float, default=25.0, metavar="GB/s", help="between ranks, of each")
+    parser.add_argument("--disk", type=float, default=1.0, metavar="GB/s", help="that a rank writes checkpoints at")
+    parser.add_argument("--price", type=float, default=0.0, help="of a device and hour")
+    parser.add_argument("--json", action="store_true", help="all figures as JSON")
+    parser.set_defaults(run=_plan)
+
+
+def _plan(options: argparse.Namespace) -> str:
+    from dist_train.commands.planning import plan
+
+    return plan(
+        _load(options), options.world_size, options.device, options.utilisation, options.network, options.disk,
+        options.price, options.json,
+    )  # fmt: skip
 
 
 def _add_train(verbs: Verbs) -> None:
@@ -328,7 +357,9 @@ def _generate(options: argparse.Namespace) -> str:
 
 def _add_bench(verbs: Verbs) -> None:
     parser = _verb(verbs, "bench", "measure the speed of the project's core on this machine, beside the targets")
-    parser.add_argument("names", nargs="+", choices=("voxelize", "decode", "shard"), help="what to measure")
+    parser.add_argument(
+        "names", nargs="+", choices=("voxelize", "decode", "shard", "loader", "step"), help="what to measure"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object with `rows` instead of a table")
     parser.add_argument("--sample", type=Path, default=Path("data/sample"), help="folder of the shipped crystals")
     parser.set_defaults(run=_bench)
@@ -340,11 +371,13 @@ def _bench(options: argparse.Namespace) -> str:
 
     from dist_train.bench import core_rows
     from dist_train.bench_shard import shard_rows
+    from dist_train.bench_train import loader_rows, step_rows
     from dist_train.tables import bench_line
 
+    others = {"shard": shard_rows, "loader": loader_rows, "step": step_rows}
     rows = []
     for name in options.names:
-        for row in shard_rows(options.sample) if name == "shard" else core_rows(name, options.sample):
+        for row in others[name](options.sample) if name in others else core_rows(name, options.sample):
             rows.append(asdict(row))
             if not options.json:
                 print(bench_line(rows[-1]), flush=True)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from dist_train.commands.launch import Plan, check_hosts, in_parallel, on_host
-from dist_train.errors import ConfigError, Interrupted
+from dist_train.errors import ConfigError, Interrupted, OutOfMemory
 from dist_train.node import send
 from dist_train.ranks import EXIT_CODE, PLACE, hand_over
 
@@ -33,14 +33,20 @@ def run(plan: Plan, restarts: int) -> int:
     with _signals() as received, _folder(plan):
         if plan.hosts:
             check_hosts(plan)
-        for again in range(restarts, -1, -1):
-            if received.seen:
-                return 128 + received.seen[-1]
+        while not received.seen:
             code = _attempt(plan, received)
-            if code in FINAL or received.seen or not again:
+            if code in FINAL or received.seen:
                 return code
-            _say(f"the ranks ended with exit code {code}; starting them again from their newest checkpoint, {again} left")
-    raise AssertionError
+            if code == OutOfMemory.exit_code:
+                _say("starting the ranks again with fewer crystals at a time")
+            elif not restarts:
+                return code
+            else:
+                _say(
+                    f"the ranks ended with exit code {code}; on again from their newest checkpoint, {restarts} restarts left"
+                )
+                restarts -= 1
+        return 128 + received.seen[-1]
 
 
 class Received:

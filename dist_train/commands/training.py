@@ -88,7 +88,7 @@ def _with_micro(config: RunConfig, micro: int) -> RunConfig:
 def _halve(config: RunConfig, ranks: int, reason: str) -> str:
     """Note half the micro-batch, or the next less that divides, for the next start; what to tell of it.
 
-    Raises OutOfMemory where there is none.
+    Raises ConfigError where there is none.
     """
     micro = check_batch(_fitting(config, ranks), ranks)
     told = f"out of memory with {micro} crystals at a time ({reason.splitlines()[0]})"
@@ -97,7 +97,7 @@ def _halve(config: RunConfig, ranks: int, reason: str) -> str:
             check_batch(_with_micro(config, less), ranks)
             write_text(config.run_dir / MICRO_BATCH, str(less))
             return f"{told}; the run goes on from its newest checkpoint with {less}, the global batch unchanged"
-    raise OutOfMemory(f"{told}, and fewer can't be taken: use a smaller model or grid, or train.activation_checkpointing")
+    raise ConfigError(f"{told}, and fewer can't be taken: use a smaller model or grid, or train.activation_checkpointing")
 
 
 def _be_deterministic() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch
 from dist_train.config import RunConfig
 from dist_train.errors import DistTrainError, Interrupted
 from dist_train.models.autoencoder import CrystalBatch
+from dist_train.models.cost import mean_flops
 from dist_train.models.objectives import PARTS, Objective, step_noise
 from dist_train.models.reconstruct import Codec
 from dist_train.progress import Progress
@@ -22,7 +24,7 @@ from dist_train.shards.reader import DamagedSample, Record, ShardReader
 from dist_train.training.checkpoint import Checkpoints
 from dist_train.training.engine import Engine, Part, check_batch
 from dist_train.training.guard import StopRequest, Watchdog
-from dist_train.training.meter import Meter, reduce_step
+from dist_train.training.meter import Meter, peak_flops, reduce_step
 from dist_train.training.state import TrainState, kl_warmup, learning_rate
 from dist_train.training.tracker import Tracker
 
@@ -43,7 +45,8 @@ def fit(
     settings = config.train
     plan = batch_plan(config, train, engine.rank, engine.ranks)
     last = min(plan.steps, settings.stop_after_step or plan.steps)
-    meter, shown, data = Meter(engine, settings.global_batch_size), {}, config.data
+    meter = Meter(engine, settings.global_batch_size, *arithmetic(config, engine, train))
+    shown, data = {}, config.data
     with (
         Progress("train", plan.steps, "steps", state.step, shown=engine.rank == 0) as progress,
         Watchdog(settings.watchdog_seconds) as watchdog,
@@ -81,7 +84,9 @@ def fit(
                 state = replace(state, validation_loss=found["val/loss"])
                 shown["val_exact"] = f"{found['val/composition_exact']:.1%}"
             if state.step % settings.checkpoint_every == 0 or done:
+                began = time.perf_counter()
                 checkpoints.save(engine, state)
+                meter.saving += time.perf_counter() - began
             progress.update(1, loss=f"{reduced.loss:.3f}", grad=f"{result.gradient_norm:.2f}", **shown)
             watchdog.beat()
             if reduced.stop:
@@ -98,6 +103,14 @@ def batch_plan(config: RunConfig, train: ShardReader, rank: int, ranks: int) -> 
         train.shapes, train.shard_sizes, settings.global_batch_size, settings.epochs, config.seed, rank, ranks,
         config.data.shuffle_window,
     )  # fmt: skip
+
+
+def arithmetic(config: RunConfig, engine: Engine, train: ShardReader) -> tuple[float, float]:
+    """FLOP of a crystal, in the mean over the training split, and FLOP a second of this rank's device; 0 if unknown."""
+    shapes = [(d, h, w) for d, h, w in train.shapes]
+    return mean_flops(config, len(engine.objective.model.elements), shapes), peak_flops(
+        engine.device, config.train.precision
+    )
 
 
 def _parts(config: RunConfig, engine: Engine, step: int, batch: CrystalBatch) -> Iterator[Part]:

@@ -16,6 +16,18 @@ from dist_train.training.state import TrainState
 T = TypeVar("T")
 
 
+DEVICES = {"h200": (989e12, 141e9), "h100": (989e12, 80e9), "a100": (312e12, 80e9), "l40s": (362e12, 48e9)}
+"""Dense bf16 FLOP a second, and bytes of memory, from the makers' data sheets."""
+
+
+def peak_flops(device: torch.device, precision: str) -> float:
+    """Dense FLOP a second of a GPU by its name, in bf16 or fp16; 0 for one that isn't known, for a CPU and in fp32."""
+    if device.type != "cuda" or precision == "fp32":
+        return 0.0
+    name = torch.cuda.get_device_name(device).lower()
+    return next((flops for known, (flops, _) in DEVICES.items() if known in name), 0.0)
+
+
 @dataclass(frozen=True)
 class Reduced:
     """A step's figures over all ranks: means of loss and parts, damaged samples, and whether any was asked to stop."""
@@ -53,6 +65,8 @@ class Meter:
     _step_seconds: float = 0.0
     _since: float = field(default_factory=time.perf_counter)
     _wait_began: float = 0.0
+    saving: float = 0.0
+    """Seconds that training has waited for checkpoints since this start."""
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
         """The batches, with the wait for each measured."""
@@ -80,6 +94,7 @@ class Meter:
             "samples_per_second": rate,
             "samples_per_second_rank": rate / self.engine.ranks,
             "data_wait_percent": 100 * self._waited / (now - self._since),
+            "checkpoint_seconds": self.saving,
             "step_seconds": self._step_seconds / max(self._steps, 1),
             "memory_GiB": memory_GiB(self.engine.device),
             "goodput_percent": 100 * min(1.0, state.useful_seconds / max(time.time() - state.began, 1e-9)),

@@ -10,7 +10,7 @@ from small_run import ROOT
 
 from dist_train.commands import training as commands
 from dist_train.config import MODEL_PRESETS, RunConfig, load_config
-from dist_train.models.flops import flops_per_sample, meta_model
+from dist_train.models.cost import flops_per_sample, meta_model
 from dist_train.training.tracker import read_spool
 
 ELEMENTS = 94

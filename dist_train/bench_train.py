@@ -1,0 +1,227 @@
+"""`dist-train bench loader step`: how fast samples become batches, and what the train loop costs beside its networks.
+
+Whatever is compared is measured in turns, in processes of their own where they would disturb each other.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+
+from dist_train.bench import Row
+from dist_train.commands.launch import rank_environment
+from dist_train.commands.training import build_model
+from dist_train.config import RunConfig, load_config
+from dist_train.crystal.parquet import parquet_length, read_parquet_rows, write_parquet
+from dist_train.crystal.structure import Crystal
+from dist_train.errors import DataError
+from dist_train.models.blocks import Style
+from dist_train.models.objectives import step_noise
+from dist_train.models.unet import AttentionUNet
+from dist_train.shards.batches import train_batches
+from dist_train.shards.index import Index
+from dist_train.shards.order import BatchPlan
+from dist_train.shards.reader import ShardReader
+from dist_train.training.engine import TorchEngine
+from dist_train.training.tracker import read_spool
+
+ROUNDS = 3
+RAW_SHARE, WEBDATASET = 0.5, 5.0
+"""Wanted of the loader: this share of the rate at which the files are read, and this many times plain webdataset."""
+LOOP_SHARE, WAIT_PERCENT = 0.95, 2.0
+"""Wanted of the train loop: this share of the bare loop's rate, and at most so much waiting for data."""
+TWO_RANKS, BF16 = 1.8, 1.8
+WARM, STEPS = 6, 36
+LOADED = (
+    ("1 channel, 32^3", (), 64, 3400),
+    ("26 channels, 32^3", ("grid.channels=[occupancy, period, group]",), 16, 300),
+)
+"""Label, settings, crystals of a batch and of the data."""
+MODEL = (
+    "grid.shape=16", "grid.max_spacing_A=0.36", "grid.channels=[occupancy, period, group]", "data.encoding=compact",
+    "train.epochs=1000", "train.log_every=1", "train.validate_every=1000000", "train.checkpoint_every=1000000",
+    f"train.stop_after_step={STEPS}",
+)  # fmt: skip
+"""The networks and grids of the demo."""
+
+
+def loader_rows(sample: Path) -> Iterator[Row]:
+    """Samples a second of warm raw shards into batches."""
+    for label, overrides, batch, crystals in LOADED:
+        with tempfile.TemporaryDirectory() as folder:
+            index = _shards(sample, load_config(None, (*overrides, f"data.shards={folder}/shards")), crystals)
+            yield from _loader(index, label, batch)
+
+
+def _loader(index: Index, label: str, batch: int) -> Iterator[Row]:
+    reader = ShardReader(index, "train")
+    order = BatchPlan(reader.shapes, reader.shard_sizes, batch, 2, 0, 0, 1)
+    ways: dict[str, Callable[[], int]] = {
+        "ours": lambda: sum(item.batch.size for item in train_batches(reader, order, 0, order.steps)),
+        "read": lambda: _read_whole(index) and len(reader),
+        "webdataset": lambda: _webdataset(index, batch),
+    }
+    rates = {name: list[float]() for name in ways}
+    for _ in range(ROUNDS + 1):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            rates[name].append(way() / (time.perf_counter() - began))
+    found = {name: values[1:] for name, values in rates.items()}  # the first round warms the files
+    for other, target in (("read", RAW_SHARE), ("webdataset", WEBDATASET)):
+        ratio = median(a / b for a, b in zip(found["ours"], found[other], strict=True))
+        told = {"read": "the files read as they are", "webdataset": "plain webdataset"}[other]
+        case = f"samples a second of raw shards, {label}; reference: {told}"
+        yield Row(case, median(found["ours"]), "1/s", median(found[other]), ratio, target, ratio >= target)
+
+
+def _read_whole(index: Index) -> int:
+    """Read every shard through a megabyte of memory; the bytes."""
+    buffer, total = bytearray(2**20), 0
+    for shard in index.shards:
+        with open(Path(index.root) / shard.name, "rb", buffering=0) as stream:
+            while size := stream.readinto(buffer):
+                total += size
+    return total
+
+
+def _webdataset(index: Index, batch: int) -> int:
+    """Batches of the same samples by webdataset's own means, shuffled through its buffer; how many samples."""
+    import webdataset
+
+    def arrays(item: dict[str, bytes]) -> tuple[np.ndarray, np.ndarray, bytes]:
+        return np.load(io.BytesIO(item["density.npy"])), np.load(io.BytesIO(item["species.npy"])), item["structure.json"]
+
+    def joined(rows: list[tuple[np.ndarray, np.ndarray, bytes]]) -> int:
+        densities, species, texts = zip(*rows, strict=True)
+        torch.from_numpy(np.stack(densities)), torch.from_numpy(np.stack(species)), list(map(json.loads, texts))
+        return len(rows)
+
+    urls = [str(Path(index.root) / shard.name) for shard in index.shards]
+    stream = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).shuffle(1000).map(arrays)
+    return sum(stream.batched(batch, partial=True, collation_fn=joined))
+
+
+def step_rows(sample: Path) -> Iterator[Row]:
+    """The train loop with everything on, beside a bare one; two ranks beside one; bf16 beside fp32."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = load_config(None, (*MODEL, f"data.shards={folder}/shards", f"run_dir={folder}/run"))
+        _shards(sample, config, 2048)
+        path = Path(folder, "run.yaml")
+        path.write_text(config.to_yaml())
+        runs = {name: list[dict[str, float]]() for name in ("bare", "one", "two")}
+        for turn in range(ROUNDS):
+            runs["bare"].append(_child([sys.executable, "-m", "dist_train.bench_train", str(path)]))
+            for ranks, name in ((1, "one"), (2, "two")):
+                runs[name].append(_training(path, Path(folder, f"{name}{turn}"), ranks))
+    rate = {name: [run["samples_per_second"] for run in found] for name, found in runs.items()}
+    for name, other, target, case in (
+        (
+            "one",
+            "bare",
+            LOOP_SHARE,
+            "DeepSpeed, loading and tracking on; reference: a bare loop on a batch in memory",
+        ),
+        ("two", "one", TWO_RANKS, "two ranks of one thread; reference: one"),
+    ):
+        ratio = median(a / b for a, b in zip(rate[name], rate[other], strict=True))
+        yield Row(
+            f"samples a second: {case}", median(rate[name]), "1/s", median(rate[other]), ratio, target, ratio >= target
+        )
+    waited = median(run["data_wait_percent"] for run in runs["one"])
+    yield Row("waiting for data, share of a step", waited, "%", None, None, WAIT_PERCENT, waited <= WAIT_PERCENT)
+    yield _bf16()
+
+
+def _training(config: Path, run_dir: Path, ranks: int) -> dict[str, float]:
+    """A real training of a few steps by the launcher; its figures after the first ones."""
+    options = ["--config", str(config), "--set", f"run_dir={run_dir}", "--ranks", str(ranks)]
+    _run([sys.executable, "-m", "dist_train", "launch", *options], ranks)
+    records = [r for r in read_spool(run_dir / "metrics.jsonl") if "step_seconds" in r["metrics"]]
+    steps = [record["metrics"] for record in records[WARM:]]
+    batch = load_config(config).train.global_batch_size
+    seconds = median(step["step_seconds"] for step in steps)
+    return {
+        "samples_per_second": batch / seconds,
+        "data_wait_percent": median(step["data_wait_percent"] for step in steps),
+    }
+
+
+def _run(command: list[str], ranks: int) -> str:
+    environment = os.environ | rank_environment(ranks) | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise DataError(f"{' '.join(command)} failed: {done.stderr.strip().splitlines()[-1]}")
+    return done.stdout
+
+
+def _child(command: list[str]) -> dict[str, float]:
+    found: dict[str, float] = json.loads(_run(command, 1).splitlines()[-1])
+    return found
+
+
+def bare_loop(config: RunConfig) -> float:
+    """Samples a second of forward, backward and AdamW on one batch that is in memory already, and nothing else."""
+    index = Index.read(config.data.shards)
+    reader = ShardReader(index, "train")
+    engine = TorchEngine(build_model(config, index, reader), config)
+    size = config.train.global_batch_size
+    order = BatchPlan(reader.shapes, reader.shard_sizes, size, 1, config.seed, 0, 1)
+    batch = next(iter(train_batches(reader, order, 0, 1))).batch.to(engine.device)
+    noise = step_noise(config.seed, 0, range(size), engine.objective.share, config.model.latent, batch.shape, engine.device)
+    optimizer, seconds = torch.optim.AdamW(engine.objective.parameters(), lr=1e-4), []
+    for _ in range(STEPS):
+        began = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(engine.device.type, engine.dtype, enabled=engine.dtype != torch.float32):
+            loss, _ = engine.objective(batch, noise)
+        loss.backward()
+        optimizer.step()
+        loss.item()
+        seconds.append(time.perf_counter() - began)
+    return size / median(seconds[WARM:])
+
+
+def _bf16() -> Row:
+    """The paper's U-Net, of width 64, on a CPU that has instructions for bf16."""
+    case = "U-Net of width 64 on one crystal of 32^3, forward and backward, bf16; reference: fp32"
+    if not {"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split()):
+        return Row(f"{case} (this CPU has no bf16)", float("nan"), "s")
+    times = {dtype: list[float]() for dtype in (torch.bfloat16, torch.float32)}
+    networks = {dtype: AttentionUNet(1, 95, 64, 5, Style(periodic=False, paper=True, groups=8)).to(dtype) for dtype in times}
+    for _ in range(ROUNDS + 1):
+        for dtype, network in networks.items():
+            began = time.perf_counter()
+            network(torch.randn(1, 1, 32, 32, 32, dtype=dtype)).float().mean().backward()
+            times[dtype].append(time.perf_counter() - began)
+    low, full = (values[1:] for values in times.values())
+    ratio = median(b / a for a, b in zip(low, full, strict=True))
+    return Row(case, median(low), "s", median(full), ratio, BF16, ratio >= BF16)
+
+
+def _shards(sample: Path, config: RunConfig, crystals: int) -> Index:
+    """Shards of the first perovskites."""
+    from dist_train.backends.ray_voxelize import voxelize
+
+    source = sample / "perov_5.parquet"
+    found = [row for row in read_parquet_rows(source, 0, min(crystals, parquet_length(source))) if isinstance(row, Crystal)]
+    table = Path(config.data.folder).with_name("few.parquet")
+    table.parent.mkdir(parents=True, exist_ok=True)
+    write_parquet(table, found)
+    changes = {"inputs": (str(table),), "splits": {"train": 0.9, "val": 0.1}}
+    return voxelize(config.data.model_copy(update=changes), config.grid)
+
+
+if __name__ == "__main__":
+    torch.use_deterministic_algorithms(True)
+    print(json.dumps({"samples_per_second": bare_loop(load_config(Path(sys.argv[1])))}))
