@@ -139,7 +139,7 @@ class DeepSpeedEngine(Engine):
         self.optimizer = (
             ClippedAdamW(groups, train.learning_rate, train.gradient_clip)
             if self.stage == 0
-            else torch.optim.AdamW(groups, lr=train.learning_rate)
+            else torch.optim.AdamW(groups, lr=train.learning_rate, fused=True)
         )
         with redirect_stdout(io.StringIO()):  # where some stages print how much memory is in use
             self.engine, *_ = deepspeed.initialize(model=self.objective, optimizer=self.optimizer, config=settings)

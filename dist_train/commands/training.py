@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import hashlib
 import json
@@ -47,6 +48,8 @@ PRIOR_SAMPLES = 20_000
 MIN_CELL_STD = 0.01
 """Least spread of the cell numbers: where all crystals share a number, the network's noise is scaled down to this."""
 FIGURE_CRYSTALS = 4
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Options of glibc's mallopt."""
 MICRO_BATCH = "micro_batch_size"
 """File of a run folder with the micro-batch that fits into the device, where that asked for did not."""
 
@@ -58,7 +61,8 @@ def train(config: RunConfig) -> str:
     """
     rank, ranks = place()
     index = check_training(config, ranks)
-    _be_deterministic()
+    be_deterministic()
+    keep_memory()
     if config.engine.name == "deepspeed":
         from dist_train.backends.deepspeed_engine import init_process_group
 
@@ -100,12 +104,24 @@ def _halve(config: RunConfig, ranks: int, reason: str) -> str:
     raise ConfigError(f"{told}, and fewer can't be taken: use a smaller model or grid, or train.activation_checkpointing")
 
 
-def _be_deterministic() -> None:
+def be_deterministic() -> None:
     """Make torch repeat itself bit for bit: by default it adds up scattered gradients in the order threads arrive."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     # Filling fresh memory costs time, and no result depends on it.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def keep_memory() -> None:
+    """Make the C library keep freed memory for the next step; no effect where it isn't glibc.
+
+    By default it gives large blocks back to the system, which has to clear each page of them again: on CPUs this took up to
+    half the time of a step.
+    """
+    with suppress(AttributeError, OSError):
+        set_option = ctypes.CDLL(None).mallopt
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):
+            set_option(option, value)
 
 
 def check_training(config: RunConfig, ranks: int) -> Index:

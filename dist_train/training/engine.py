@@ -169,7 +169,7 @@ class ClippedAdamW(torch.optim.AdamW):
     """
 
     def __init__(self, groups: Any, lr: float, clip: float) -> None:
-        super().__init__(groups, lr=lr)
+        super().__init__(groups, lr=lr, fused=True)
         self.clip, self.overflow, self._global_grad_norm = clip, False, 0.0
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -191,10 +191,10 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]
 
 
 def with_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """AdamW's state of a parameter, made now where the first step would make it."""
+    """The state of a parameter in a fused AdamW, made now where the first step would make it."""
     state: dict[str, Tensor] = optimizer.state[parameter]
     if not state:
-        state["step"] = torch.tensor(0.0)
+        state["step"] = torch.tensor(0.0, device=parameter.device)
         for name in MOMENTS:
             state[name] = torch.zeros_like(parameter)
     return state
