@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -12,6 +11,7 @@ from contextlib import nullcontext, suppress
 from typing import NamedTuple
 
 import numpy as np
+import orjson
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -160,7 +160,7 @@ class _About:
     def fill_from_json(self, row: int, text: bytearray) -> None:
         """From a `structure.json` whose checksum is right; one that holds no crystal is left out."""
         with suppress(LookupError, TypeError, ValueError, RecursionError):
-            values = json.loads(text)
+            values = orjson.loads(text)
             numbers = values["numbers"]
             if min(numbers) >= 1 and max(numbers) <= MAX_Z:
                 self.composition_BZ[row] = np.bincount(numbers, minlength=MAX_Z + 1)
