@@ -80,6 +80,8 @@ class GridSpec(Section):
     """Crystals with more atoms are rejected."""
     niggli: bool = True
     """Voxelise the Niggli-reduced cell; false keeps the cell of the source."""
+    canonical: bool = False
+    """Voxelise the canonical cell at its canonical origin: one grid, in whatever way the crystal is written down."""
     random_rotation: bool = False
     """Turn each copy of a crystal at random (windows and units), uniformly over all rotations."""
     random_origin: bool = False
@@ -106,6 +108,8 @@ class GridSpec(Section):
 
     @model_validator(mode="after")
     def _frame_is_sound(self) -> Self:
+        if self.canonical and (self.frame != "cell" or not self.niggli or self.random_origin):
+            raise ValueError("canonical needs the frame 'cell', niggli, and no random_origin")
         if self.frame == "cell":
             if self.random_rotation:
                 raise ValueError("random_rotation has no effect on the frame 'cell', whose axes turn with the crystal")

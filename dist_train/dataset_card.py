@@ -131,7 +131,7 @@ def _making(card: Card) -> str:
         ("frame", f"{grid['frame']}: {_FRAMES[grid['frame']]}"),
         ("shape", f"{grid['shape']}, at most {grid['max_spacing_A']} angstrom between neighbouring voxels"),
         *([] if grid["frame"] == "cell" else [("edge of the cube", f"{grid['box_A']} angstrom")]),
-        ("cell", "Niggli-reduced" if grid["niggli"] else "as in the source"),
+        ("cell", "canonical" if grid["canonical"] else "Niggli-reduced" if grid["niggli"] else "as in the source"),
         ("sigma", f"{grid['sigma_A']} angstrom, the standard deviation of the Gaussian that stands for an atom"),
         ("species", f"atomic number of the nearest atom within {grid['radius_A']} angstrom, else 0"),
         ("channels", ", ".join(grid["channels"])),

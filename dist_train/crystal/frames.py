@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
 from dist_train.config import ADAPTIVE_MULTIPLE, GridSpec
+from dist_train.crystal.canonical import canonical
 from dist_train.crystal.elements import SYMBOLS
 from dist_train.crystal.lattice import compact_lattice, shortest_distances
 from dist_train.crystal.structure import Crystal, wrap
@@ -49,7 +50,7 @@ def spacing_A(spec: GridSpec) -> float:
 
 
 def representable(crystal: Crystal, spec: GridSpec) -> Crystal:
-    """The crystal as the spec takes it: checked, Niggli-reduced where asked, for adaptive grids in rising order of edges.
+    """The crystal as the spec takes it: checked, canonical, or Niggli-reduced where asked with edges in rising order.
 
     Raises CrystalError naming the reason and the limit where the spec can't hold it.
     """
@@ -58,9 +59,11 @@ def representable(crystal: Crystal, spec: GridSpec) -> Crystal:
         unknown = set(crystal.composition) - {z for z, symbol in enumerate(SYMBOLS) if symbol in dict(spec.element_table)}
         if unknown:
             raise CrystalError(f"{crystal.id}: no code in element_table for {[SYMBOLS[z] for z in sorted(unknown)]}")
-    if spec.niggli:
+    if spec.canonical:
+        crystal = canonical(crystal)
+    elif spec.niggli:
         crystal = crystal.reduced()
-    if spec.frame == "cell":
+    if spec.frame == "cell" and not spec.canonical:
         crystal = _ordered(crystal)
     try:
         grid_shape(crystal.lattice_A, spec)
