@@ -10,7 +10,7 @@ from statistics import median
 import psutil
 import torch
 
-from dist_train.commands.training import build_model, check_training
+from dist_train.commands.training import build_model, check_training, keep_memory
 from dist_train.config import RunConfig
 from dist_train.forecast import UTILISATION, Forecast, Machine, forecast
 from dist_train.models.cost import flops_per_sample
@@ -53,6 +53,7 @@ def plan(
 def measure(config: RunConfig, index: Index, ranks: int) -> float:
     """FLOP a second that a rank of this machine, with its share of the cores, makes of one part of a step."""
     threads, micro = torch.get_num_threads(), check_batch(config, ranks)
+    keep_memory()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     try:
         reader = ShardReader(index, "train")
