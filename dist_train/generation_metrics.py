@@ -39,6 +39,8 @@ MISS_RMS = 0.5
 
 COVERAGE_KEYS = ("cov_recall", "cov_precision", "n_without_fingerprint", "n_reference_without_fingerprint")
 
+INSTALLED = {"matminer": matminer_installed, "smact": smact_installed}
+
 CHUNK = 16
 ROWS = 1024  # of a block of distances, so that memory doesn't grow with both sets
 
@@ -108,7 +110,9 @@ def generation_metrics(
 
     structure_valid_rate, composition_valid_rate, valid_rate: see `structure_valid`, `composition_valid`; both of them.
     cov_recall: share of the reference whose nearest generated structure and nearest generated composition lie within the
-        cutoffs; cov_precision: share of the generated near to the reference. No fingerprint means not near.
+        cutoffs; cov_precision: share of the generated that is as near to the reference. A crystal without a fingerprint is
+        near to nothing; one that isn't valid in structure gets none (CDVAE makes one: between overlapping atoms it means
+        little and may take minutes).
     wdist_density, wdist_elements: Wasserstein distance of the density (g/cm^3) and the number of elements between at most
         1,000 valid crystals, drawn without replacement (n_property_samples), and the whole reference.
     unique_rate: share of generated crystals that match none of those kept before it, a mode that is made again counts once;
@@ -124,31 +128,32 @@ def generation_metrics(
             raise ConfigError(f"no {name} crystals, at least 1 is needed")
     clock = _Clock()
     made = [crystal if crystal is not None and possible(crystal) else None for crystal in generated]
-    there = [crystal for crystal in made if crystal is not None]
-    valid, rates = _validity(made)
+    structures = [crystal is not None and structure_valid(crystal) for crystal in made]
+    valid, rates = _validity(made, structures)
     clock.stop("validity")
     distances = _property_distances([c for c, ok in zip(made, valid) if c is not None and ok], reference, workers, seed)
     clock.stop("properties")
-    coverage: Metrics = dict.fromkeys(COVERAGE_KEYS)
+    covered: Metrics = dict.fromkeys(COVERAGE_KEYS)
     if cutoffs and matminer_installed():
-        prints = fingerprints([*there, *reference], workers, _steps(progress, "fingerprints"), cache)
-        coverage = _coverage(prints[: len(there)], prints[len(there) :], len(generated), cutoffs)
+        sound = [crystal for crystal, ok in zip(made, structures) if crystal is not None and ok]
+        prints = fingerprints([*sound, *reference], workers, _steps(progress, "fingerprints"), cache)
+        covered = coverage(prints[: len(sound)], prints[len(sound) :], len(generated), cutoffs)
     clock.stop("fingerprints")
     matches = _matches(made, reference, training, valid, workers, _steps(progress, "matches"))
     clock.stop("matches")
     return {
         **rates,
-        **coverage,
+        **covered,
         **distances,
         **matches,
         "n_generated": len(generated),
-        "n_failed": len(generated) - len(there),
+        "n_failed": made.count(None),
         "n_reference": len(reference),
         "n_training": None if training is None else len(training),
         "cutoffs": None if cutoffs is None else cutoffs._asdict(),
         "composition_scale": "means and deviations of CDVAE's evaluation",
         "seed": seed,
-        "missing": [name for name, there in (("matminer", matminer_installed()), ("smact", smact_installed())) if not there],
+        "missing": [name for name, there in INSTALLED.items() if not there()],
         "seconds": clock.seconds,
     }
 
@@ -182,19 +187,14 @@ def _steps(progress: Progress, stage: str) -> Callable[[int], None]:
     return report
 
 
-def _validity(made: Sequence[Crystal | None]) -> tuple[list[bool | None], Metrics]:
+def _validity(made: Sequence[Crystal | None], structures: Sequence[bool]) -> tuple[list[bool | None], Metrics]:
     """Whether each crystal is valid, None where that can't be judged, and the rates over all."""
-    structures = [crystal is not None and structure_valid(crystal) for crystal in made]
+    rates: Metrics = {"structure_valid_rate": _mean(structures), "composition_valid_rate": None, "valid_rate": None}
     if not smact_installed():
-        unknown = {"composition_valid_rate": None, "valid_rate": None}
-        return [None if ok else False for ok in structures], {"structure_valid_rate": _mean(structures), **unknown}
+        return [None if ok else False for ok in structures], rates
     compositions = [crystal is not None and composition_valid(crystal.composition) for crystal in made]
     valid: list[bool | None] = [a and b for a, b in zip(structures, compositions, strict=True)]
-    return valid, {
-        "structure_valid_rate": _mean(structures),
-        "composition_valid_rate": _mean(compositions),
-        "valid_rate": _mean(valid),
-    }
+    return valid, {**rates, "composition_valid_rate": _mean(compositions), "valid_rate": _mean(valid)}
 
 
 def _mean(values: Sequence[bool | None] | NDArray[Any]) -> float:
@@ -219,8 +219,11 @@ def _property_distances(valid: Sequence[Crystal], reference: Sequence[Crystal], 
 # Coverage
 
 
-def _coverage(made: FloatArray, reference: FloatArray, n_generated: int, cutoffs: Cutoffs) -> Metrics:
-    """COV of fingerprints [M, 193] and [K, 193]; `n_generated` counts the failed too."""
+def coverage(made: FloatArray, reference: FloatArray, n_generated: int, cutoffs: Cutoffs) -> Metrics:
+    """COV of fingerprints [M, 193] of generated and [K, 193] of reference crystals, both as rates.
+
+    A row with a NaN is no fingerprint. n_generated: those that COV-P is a share of, M and the failed.
+    """
     made = made[np.isfinite(made).all(1)]
     target = reference[np.isfinite(reference).all(1)]
     recalled, precise = np.ones(len(target), bool), np.ones(len(made), bool)

@@ -120,7 +120,7 @@ def _digest(crystal: Crystal) -> str:
 
 def _read_cache(path: Path) -> dict[str, FloatArray]:
     try:
-        with np.load(path) as stored:
+        with path.open("rb") as stream, np.load(stream) as stored:
             return dict(zip(stored["digests"].tolist(), stored["values"], strict=True))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return {}
