@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dist_train.crystal.elements import MAX_Z
 from dist_train.crystal.fingerprints import COMPOSITION, STRUCTURE, fingerprint, fingerprints, matminer_installed
 from dist_train.crystal.formats import read_crystals
 from dist_train.crystal.magpie_scale import SCALE
@@ -31,6 +32,15 @@ def test_features_of_a_composition_are_standardised_statistics_of_its_elements()
     means, deviations = SCALE["Number"]
     statistics = [11, 17, 6, 14, 3, 11]  # minimum, maximum, range, mean, average deviation, mode
     assert features[0] == pytest.approx((np.array(statistics) - means) / deviations, abs=1e-12)
+
+
+@needs_matminer
+def test_what_is_not_known_of_an_element_counts_as_the_mean() -> None:
+    features = np.array(
+        [fingerprint(replace(DIAMOND, numbers_N=np.array([z, z])))[COMPOSITION] for z in range(1, MAX_Z + 1)]
+    )
+    assert np.isfinite(features).all()
+    assert (features[MAX_Z - 1] == 0).any()
 
 
 @needs_matminer
