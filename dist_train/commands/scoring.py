@@ -61,7 +61,7 @@ def score(
     if attempts is not None and attempts < len(samples):
         raise ConfigError(f"--attempts {attempts} is less than the {len(samples)} crystals found; give the number asked for")
     samples += [None] * ((attempts or 0) - len(samples))
-    samples, target = _drawn(samples, limit, seed), _drawn(_all(reference), limit, seed)
+    samples, target = _drawn(samples, limit, seed), _drawn(_all(reference), limit, seed + 1)
     known = _all(training) if training else None
     cutoffs = BENCHMARKS[data_set].cutoffs if data_set else None
     cache = cache or out / "fingerprints.npz"
@@ -146,7 +146,7 @@ def _all(inputs: Sequence[str]) -> list[Crystal]:
 
 
 def _drawn(crystals: Sequence[T], limit: int | None, seed: int) -> list[T]:
-    """At most `limit` of them, drawn at random, in their order."""
+    """At most `limit` of them, drawn at random, in their order. Tables of one length give other rows for another seed."""
     if limit is None or limit >= len(crystals):
         return list(crystals)
     return [crystals[i] for i in sorted(np.random.default_rng(seed).choice(len(crystals), limit, replace=False))]
