@@ -71,6 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_register(verbs)
     _add_evaluate(verbs)
     _add_generate(verbs)
+    _add_score(verbs)
     _add_bench(verbs)
     return parser
 
@@ -352,6 +353,38 @@ def _generate(options: argparse.Namespace) -> str:
     return generate(
         options.task, options.inputs, options.model, options.tracking_uri, options.out, options.n, options.steps,
         options.seed,
+    )  # fmt: skip
+
+
+def _add_score(verbs: Verbs) -> None:
+    parser = _verb(
+        verbs, "score", "measure generated crystals against a data set: validity, coverage, uniqueness, novelty, METRe",
+        "Reads folders, archives and tables of crystals, prints a table beside published figures and writes metrics.json. A "
+        "generated crystal that can't be read (overlapping atoms, too) counts as failed. Compositional validity and COV "
+        "need pip install 'dist-train[eval]'.",
+    )  # fmt: skip
+    parser.add_argument("generated", nargs="+", help="generated crystals: CIF files, folders, archives, Parquet")
+    parser.add_argument("--reference", nargs="+", required=True, help="crystals to be like, such as a test split")
+    parser.add_argument("--training", nargs="+", default=[], help="what the model was trained on, for novelty")
+    parser.add_argument(
+        "--data-set", choices=("perov-5", "carbon-24", "mp-20"), help="benchmark: cutoffs of COV and published figures"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/score"), help="output folder")
+    parser.add_argument("--workers", type=_count, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--attempts", type=_positive, help="crystals that were asked for, where failed ones left no file")
+    parser.add_argument("--limit", type=_positive, metavar="N", help="take N generated and N reference crystals at random")
+    parser.add_argument("--seed", type=_count, default=0, help="of all random choices")
+    parser.add_argument("--ceiling", action="store_true", help="also score as many reference crystals as if generated")
+    parser.add_argument("--cache", type=Path, help="file of fingerprints to share; without it, fingerprints.npz in --out")
+    parser.set_defaults(run=_score)
+
+
+def _score(options: argparse.Namespace) -> str:
+    from dist_train.commands.scoring import score
+
+    return score(
+        options.generated, options.reference, options.training, options.data_set, options.out, options.workers,
+        options.limit, options.seed, options.attempts, options.ceiling, options.cache,
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ LAYERS = (
         "training",
         "generate",
         "evaluate",
+        "generation_metrics",
         "report",
         "evaluate_report",
         "figures",
@@ -46,6 +47,7 @@ ENGINES = {
     "mlflow": "backends/mlflow_tracker.py",
     "pymatgen": "crystal/interop.py",
     "smact": "crystal/validity.py",
+    "matminer": "crystal/fingerprints.py",
     "ase": "crystal/interop.py",
     "gemmi": "crystal/cif.py",
 }

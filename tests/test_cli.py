@@ -24,7 +24,10 @@ from dist_train.shards.index import Index
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "data" / "sample"
-VERBS = ("demo", "config", "voxelize", "verify", "inspect", "train", "launch", "register", "evaluate", "generate", "bench")
+VERBS = (
+    "demo", "config", "voxelize", "verify", "inspect", "train", "launch", "register", "evaluate", "generate",
+    "score", "bench",
+)  # fmt: skip
 LIMIT_S = 60
 TRAINING_CRYSTALS = 8
 

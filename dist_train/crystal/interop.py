@@ -211,6 +211,35 @@ def match_rms(predicted: Crystal, true: Crystal) -> float | None:
     return None if result is None else float(result[0])
 
 
+def density_g_cm3(crystal: Crystal) -> float:
+    """Mass of the cell over its volume, in g/cm^3, of the elements' natural isotopes."""
+    return float(to_pymatgen(crystal).density)
+
+
+def primitive_niggli(crystal: Crystal) -> Crystal:
+    """The Niggli cell, then the primitive one, as StructureMatcher makes them before it compares (pymatgen's tolerances).
+
+    Two crystals of one reduced formula can only match when these cells hold equally many atoms.
+    """
+    structure = to_pymatgen(crystal)
+    with _library("pymatgen", crystal.id):
+        return from_pymatgen(structure.get_reduced_structure("niggli").get_primitive_structure(), crystal.id)
+
+
+def same_structure(a: Crystal, b: Crystal) -> bool:
+    """Whether StructureMatcher with its default tolerances takes two results of `primitive_niggli` for one structure.
+
+    ltol 0.2, stol 0.3, angle_tol 5; volumes are scaled to each other. Used for uniqueness and novelty of samples.
+    """
+    if a.formula != b.formula:
+        return False
+    pair = to_pymatgen(a), to_pymatgen(b)
+    with _library("pymatgen", a.id):
+        from pymatgen.analysis.structure_matcher import StructureMatcher
+
+        return bool(StructureMatcher().fit(*pair, skip_structure_reduction=True))
+
+
 def same_crystal(a: Crystal, b: Crystal, tolerance_A: float) -> bool:
     """Whether two crystals have the same reduced cell and atoms, whatever their origin and choice of axes.
 

@@ -70,7 +70,7 @@ def structure_valid(crystal: Crystal) -> bool:
 
     Distances are periodic, between different atoms: an atom and its own image are not counted.
     """
-    if not _possible(crystal):
+    if not possible(crystal):
         return False
     lattice = compact_lattice(crystal.lattice_A)
     frac = crystal.cart_N3 @ np.linalg.inv(lattice)
@@ -81,7 +81,7 @@ def structure_valid(crystal: Crystal) -> bool:
 
 def compare(true: Crystal, predicted: Crystal | None) -> PairMetrics:
     """All metrics of one pair; `predicted` is None, or no possible crystal, where the decode failed."""
-    if predicted is None or not _possible(predicted):
+    if predicted is None or not possible(predicted):
         return PairMetrics(true.id, len(true), 0)
     distances = _distances_in_true_cell(true, predicted)
     rows, columns = linear_sum_assignment(distances)
@@ -178,7 +178,7 @@ def _match_rms(predicted: Crystal, true: Crystal) -> float | None:
         return None
 
 
-def _possible(crystal: Crystal) -> bool:
+def possible(crystal: Crystal) -> bool:
     """Finite, with atoms of known elements in a cell of at least 0.1 cubic angstrom that isn't absurdly thin."""
     try:
         return not too_thin(compact_lattice(crystal.checked(max_atoms=len(crystal)).lattice_A))
