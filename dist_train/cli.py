@@ -311,28 +311,42 @@ def _register(options: argparse.Namespace) -> str:
 
 def _add_evaluate(verbs: Verbs) -> None:
     parser = _verb(
-        verbs, "evaluate", "reconstruct held-out crystals and measure, beside a baseline and the ceiling",
-        "Writes metrics.json, report.html and CIF files.",
+        verbs, "evaluate", "reconstruct held-out crystals and measure, beside a baseline and two ceilings",
+        "Prints a table and writes metrics.json, report.html, crystals.csv and CIF files. A crystal that the model can't "
+        "hold and a failed decode are misses in every rate; inputs that can't be read are counted apart. Warns of crystals "
+        "that the model was trained on.",
     )  # fmt: skip
     _model_options(parser)
-    parser.add_argument("--shards", type=Path, required=True, help="folder of shards")
-    parser.add_argument("--split", default="test", help="split that the model was not trained on")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--shards", type=Path, help="folder of shards")
+    source.add_argument(
+        "--data", nargs="+", default=[], metavar="INPUT", help="CIF files, folders, archives, Parquet tables"
+    )
+    parser.add_argument("--split", help="split of the shards that the model was not trained on; without it, test")
+    parser.add_argument(
+        "--training", nargs="+", default=[], metavar="INPUT",
+        help="crystals that the baseline looks up, as for --data; without it, the training split of the shards",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="output folder")
-    parser.add_argument("--workers", type=_count, default=os.cpu_count() or 1, help="processes that compare structures")
+    parser.add_argument("--limit", type=_positive, metavar="N", help="take the first N crystals only")
+    parser.add_argument(
+        "--move", type=_count, metavar="SEED",
+        help="first move every crystal to a random origin, cell, orientation and order of atoms: the same crystal otherwise",
+    )  # fmt: skip
+    parser.add_argument(
+        "--workers", type=_count, default=os.cpu_count() or 1, help="processes that read, decode and compare"
+    )
     parser.add_argument("--samples", type=_count, default=16, help="crystals to sample for the report")
     parser.add_argument("--steps", type=_count, default=9, help="steps of the interpolation in the report; 0 for none")
     parser.set_defaults(run=_evaluate)
 
 
 def _evaluate(options: argparse.Namespace) -> str:
-    from dist_train.commands.models import evaluate
+    from dist_train.commands.evaluate import EvaluateOptions, evaluate
     from dist_train.tables import metrics_table
 
-    metrics = evaluate(
-        options.model, options.tracking_uri, options.shards, options.split, options.out, options.workers,
-        options.samples, options.steps,
-    )  # fmt: skip
-    return f"{metrics_table(metrics)}\nwritten to {options.out}: metrics.json, report.html, cifs/"
+    asked = EvaluateOptions(**{name: value for name, value in vars(options).items() if name != "run"})
+    return f"{metrics_table(evaluate(asked))}\nwritten to {options.out}: metrics.json, report.html, crystals.csv, cifs/"
 
 
 def _add_generate(verbs: Verbs) -> None:

@@ -1,5 +1,7 @@
 """Errors a user can cause, one small tree. A message names the thing, its value, the limit and the remedy."""
 
+import re
+
 
 class DistTrainError(Exception):
     """Root of every error that the command line reports in one line, with this exit code."""
@@ -41,3 +43,8 @@ class OutOfMemory(DistTrainError):
     """A device that is too small for a forward pass; started again at once, the training takes half as much at a time."""
 
     exit_code = 86
+
+
+def kind_of(reason: str) -> str:
+    """A reason without what differs from one crystal to the next, to count reasons by."""
+    return re.sub(r"'[^']*'|\[[^\]]*\]", "...", re.sub(r"[-+]?\d[\d.,]*(e[-+]?\d+)?", "#", reason))[:120]

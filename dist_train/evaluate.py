@@ -1,105 +1,128 @@
 """How well a model reproduces crystals it was not trained on, beside what could be had without it and at best.
 
-Three systems see the same crystals: the model; the nearest training crystal (closest composition, then closest cell), which
-a model must beat to have learnt anything; and the decoder fed the true grids, which no model can beat.
+Four systems see the same crystals: the model; the nearest training crystal (closest composition, then closest cell), which
+a model must beat to have learnt anything; the decoder fed the true grids, which no model on this grid can beat; and the
+true crystals themselves, which nothing can: one that isn't valid by the field's rules is a miss even as a perfect copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_train.config import GridSpec
-from dist_train.crystal.decode import Decoded, decode_all_ideal
+from dist_train.crystal.case import Case, ceiling
+from dist_train.crystal.decode import Decoded
 from dist_train.crystal.metrics import PairMetrics, compare_all, summarise
+from dist_train.crystal.parallel import parallel_map
 from dist_train.crystal.structure import Crystal
-from dist_train.generate import reconstruct
-from dist_train.models.autoencoder import cell_numbers, composition_vector
+from dist_train.crystal.symmetry import SYSTEMS, UNKNOWN
+from dist_train.generate import decode, encode
+from dist_train.models.autoencoder import cell_numbers
 from dist_train.models.reconstruct import Codec
+from dist_train.progress import Stages
 
-SIZE_CLASSES = ((1, 5), (6, 20), (21, 52), (53, 100), (101, 10**9))
+SIZE_CLASSES = ((1, 5), (6, 10), (11, 20), (21, 52), (53, 100), (101, 10**9))
+CLASSES: dict[str, tuple[tuple[str, ...], Callable[[Case], str]]] = {
+    "number_of_atoms": (
+        tuple(f"{low}-{high}" if high < 10**9 else f"{low} and more" for low, high in SIZE_CLASSES),
+        lambda case: next(
+            name
+            for name, (_, high) in zip(CLASSES["number_of_atoms"][0], SIZE_CLASSES, strict=True)
+            if len(case.crystal) <= high
+        ),
+    ),
+    "number_of_elements": (
+        ("1", "2", "3", "4", "5", "6 and more"),
+        lambda case: str(n) if (n := len(case.crystal.composition)) < 6 else "6 and more",
+    ),
+    "crystal_system": ((*(name for _, name in SYSTEMS), UNKNOWN), lambda case: case.system),
+}
+"""What results are broken down by: names of the classes in order, and the class of a case."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Reconstructions of the test crystals and the metrics of the three systems, by name, crystal by crystal."""
+    """Test crystals, what the model made of each, and the metrics of each system, crystal by crystal.
 
-    crystals: tuple[Crystal, ...]
+    systems: 'model', 'nearest_training' (where there are training crystals), 'codec_ceiling' and 'perfect_copy'.
+    """
+
+    cases: tuple[Case, ...]
     reconstructed: tuple[Decoded, ...]
     systems: dict[str, list[PairMetrics]]
 
     def summary(self) -> dict[str, dict[str, float | None]]:
-        """Metrics of each system over all test crystals; a failed decode is a miss."""
+        """Metrics of each system over all test crystals; a failed decode or a crystal not held is a miss."""
         return {name: summarise(pairs) for name, pairs in self.systems.items()}
 
-    def by_size(self) -> list[tuple[str, int, dict[str, float | None]]]:
-        """(size class, crystals, summary of each system's match rate) for classes that are not empty."""
-        rows = []
-        for low, high in SIZE_CLASSES:
-            chosen = [i for i, crystal in enumerate(self.crystals) if low <= len(crystal) <= high]
-            if chosen:
-                rates = {name: summarise([pairs[i] for i in chosen])["match_rate"] for name, pairs in self.systems.items()}
-                rows.append((f"{low}-{high}" if high < 10**9 else f"{low} and more", len(chosen), rates))
-        return rows
+    def breakdown(self) -> dict[str, list[dict[str, Any]]]:
+        """By each of `CLASSES` a row {'class', 'n_test', system: its summary...} for classes that are not empty."""
+        tables: dict[str, list[dict[str, Any]]] = {}
+        for by, (names, class_of) in CLASSES.items():
+            of = [class_of(case) for case in self.cases]
+            rows = tables[by] = []
+            for name in names:
+                if chosen := [place for place, other in enumerate(of) if other == name]:
+                    summaries = {key: summarise([pairs[i] for i in chosen]) for key, pairs in self.systems.items()}
+                    rows.append({"class": name, "n_test": len(chosen), **summaries})
+        return tables
 
 
-def evaluate(
-    codec: Codec,
-    crystals: Sequence[Crystal],
-    training: Sequence[Crystal],
-    spec: GridSpec,
-    workers: int,
-    progress: Callable[[str, int], None] = lambda stage, n: None,
-) -> Evaluation:
-    """Reconstruct `crystals` (as their shards hold them) and compare all three systems with the truth.
+def evaluate(codec: Codec, cases: Sequence[Case], training: Sequence[Crystal], workers: int, stages: Stages) -> Evaluation:
+    """Reconstruct the cases and compare all systems with the truth: networks in this process, the rest over `workers`.
 
-    spec: the grid of the shards, for the ceiling; training: the candidates of the nearest-crystal baseline.
-    progress(stage, n): n more crystals are done in a stage.
+    training: the candidates of the nearest-crystal baseline, in the cells that the grid takes.
     """
-    reconstructed = tuple(reconstruct(codec, crystals))
-    progress("reconstruct", len(crystals))
-    ideal = []
-    for decoded in decode_all_ideal(crystals, spec, workers):
-        ideal.append(decoded)
-        progress("ceiling", 1)
-    predictions: dict[str, list[Crystal | None]] = {
-        "model": [decoded.crystal for decoded in reconstructed],
-        "nearest_training": nearest_training(crystals, training),
-        "ceiling": [decoded.crystal for decoded in ideal],
-    }
-    pairs = [pair for found in predictions.values() for pair in zip(crystals, found, strict=True)]
-    done = 0
-
-    def report(total: int) -> None:
-        nonlocal done
-        progress("compare", total - done)
-        done = total
-
-    compared = compare_all(pairs, workers, report)
-    n = len(crystals)
+    held, spec = [case.crystal for case in cases if not case.refusal], codec.model.grid
+    with stages.stage("encode", len(held)) as bar:
+        latents = encode(codec, held, bar.update)
+    with stages.stage("decode", len(held)) as bar:
+        of_held = iter(list(bar.over(decode(codec, latents, [crystal.id for crystal in held], workers))))
+    reconstructed = tuple(Decoded(None, np.zeros(0), case.refusal) if case.refusal else next(of_held) for case in cases)
+    predictions: dict[str, list[Crystal | None]] = {"model": [item.crystal for item in reconstructed]}
+    if training:
+        with stages.stage("nearest", len(cases)) as bar:
+            found = nearest_training([case.crystal for case in cases], training)
+            predictions["nearest_training"] = list(bar.over(found))
+    with stages.stage("ceiling", len(cases)) as bar:
+        ideal = bar.over(parallel_map(partial(ceiling, spec=spec, channel=codec.channel), cases, workers))
+        predictions["codec_ceiling"] = [item.crystal for item in ideal]
+    predictions["perfect_copy"] = [case.crystal for case in cases]
+    pairs = [(case.crystal, found) for system in predictions.values() for case, found in zip(cases, system, strict=True)]
+    with stages.stage("compare", len(pairs), "pairs") as bar:
+        compared = compare_all(pairs, workers, lambda done: bar.update())
+    n = len(cases)
     systems = {name: compared[i * n : (i + 1) * n] for i, name in enumerate(predictions)}
-    return Evaluation(tuple(crystals), reconstructed, systems)
+    return Evaluation(tuple(cases), reconstructed, systems)
 
 
-def nearest_training(crystals: Sequence[Crystal], training: Sequence[Crystal]) -> list[Crystal | None]:
+def nearest_training(crystals: Sequence[Crystal], training: Sequence[Crystal]) -> Iterator[Crystal]:
     """For each crystal the training crystal of the closest composition; among equally close ones, of the closest cell.
 
     Composition distance: sum of absolute differences of the atoms of each element in the cell; cell distance: sum of
-    absolute differences of log edges and cosines of angles.
+    absolute differences of log edges and cosines of angles. One row of distances to all training crystals is held.
     """
-    if not training:
-        return [None] * len(crystals)
-    compositions = np.stack([composition_vector(crystal) for crystal in training])
-    cells = _cells(training)
-    nearest: list[Crystal | None] = []
+    places: dict[int, list[int]] = {}
+    counts: dict[int, list[int]] = {}
+    for place, crystal in enumerate(training):
+        for number, count in crystal.composition.items():
+            places.setdefault(number, []).append(place)
+            counts.setdefault(number, []).append(count)
+    holders = {number: (np.array(places[number]), np.array(counts[number])) for number in places}
+    atoms, cells = np.array([len(crystal) for crystal in training]), _cells(training)
     for crystal, cell in zip(crystals, _cells(crystals), strict=True):
-        distance = np.abs(compositions - composition_vector(crystal)).sum(1)
+        distance = atoms + len(crystal)
+        for number, count in crystal.composition.items():  # |a - b| = a + b - 2 min(a, b), and most of b is zero
+            if number in holders:
+                held_by, theirs = holders[number]
+                distance[held_by] -= 2 * np.minimum(theirs, count)
         candidates = np.flatnonzero(distance == distance.min())
-        nearest.append(training[candidates[np.abs(cells[candidates] - cell).sum(1).argmin()]])
-    return nearest
+        yield training[candidates[np.abs(cells[candidates] - cell).sum(1).argmin()]]
 
 
 def _cells(crystals: Sequence[Crystal]) -> NDArray[np.float32]:

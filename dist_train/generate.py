@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from dist_train.crystal.cif import parse_cif, write_cif
 from dist_train.crystal.decode import Decoded
+from dist_train.crystal.decode_box import decode_frame
 from dist_train.crystal.frames import representable
+from dist_train.crystal.parallel import parallel_map
 from dist_train.crystal.structure import Crystal
 from dist_train.errors import CrystalError
 from dist_train.models.reconstruct import Codec
@@ -24,15 +27,23 @@ def _batches(items: Sequence[Crystal]) -> Iterator[Sequence[Crystal]]:
         yield items[start : start + BATCH]
 
 
-def encode(codec: Codec, crystals: Sequence[Crystal]) -> Tensor:
-    """[N, latent] posterior means of crystals that the model's grid holds (see `representable`)."""
-    return torch.cat([codec.encode(batch) for batch in _batches(crystals)])
+def encode(codec: Codec, crystals: Sequence[Crystal], progress: Callable[[int], None] = lambda n: None) -> Tensor:
+    """[N, latent] posterior means of crystals that the model's grid holds (see `representable`).
+
+    progress(n): n more are encoded.
+    """
+    latents = [torch.empty(0, codec.model.model.latent, device=codec.device)]
+    for batch in _batches(crystals):
+        latents.append(codec.encode(batch))
+        progress(len(batch))
+    return torch.cat(latents)
 
 
-def decode(codec: Codec, latent_NL: Tensor, ids: Sequence[str]) -> Iterator[Decoded]:
-    """The crystals of latents, in order."""
-    for start in range(0, len(ids), BATCH):
-        yield from codec.crystals(latent_NL[start : start + BATCH], ids[start : start + BATCH])
+def decode(codec: Codec, latent_NL: Tensor, ids: Sequence[str], workers: int = 1) -> Iterator[Decoded]:
+    """The crystals of latents, in order: networks in this process, `decode_frame` over `workers` (one: here, too)."""
+    batches = (slice(start, start + BATCH) for start in range(0, len(ids), BATCH))
+    fields = (item for batch in batches for item in codec.decodable(latent_NL[batch], ids[batch]))
+    return parallel_map(partial(decode_frame, spec=codec.model.grid, channel=codec.channel), fields, workers)
 
 
 def sample_latents(codec: Codec, n: int, seed: int) -> Tensor:
@@ -58,7 +69,7 @@ def reconstruct(codec: Codec, crystals: Sequence[Crystal]) -> list[Decoded]:
             results.append(None)
         except CrystalError as error:
             results.append(Decoded(None, np.zeros(0), str(error)))
-    decoded = decode(codec, encode(codec, held), [crystal.id for crystal in held]) if held else iter(())
+    decoded = decode(codec, encode(codec, held), [crystal.id for crystal in held])
     return [result or next(decoded) for result in results]
 
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Self
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Self, TypeVar
 
 from tqdm import tqdm
+
+T = TypeVar("T")
 
 LINE_SECONDS = 5.0
 
@@ -45,6 +49,12 @@ class Progress:
         if self._lines and time.monotonic() - self._printed > LINE_SECONDS:
             self._print()
 
+    def over(self, items: Iterable[T]) -> Iterator[T]:
+        """The items; the bar advances by one for each that its user is done with."""
+        for item in items:
+            yield item
+            self.update()
+
     def _print(self) -> None:
         self._printed, self._shown = time.monotonic(), self._done
         line = tqdm.format_meter(
@@ -52,3 +62,18 @@ class Progress:
             initial=self._initial, ncols=120, ascii=" #", postfix=self._figures,
         )  # fmt: skip
         print(line, file=sys.stderr, flush=True)
+
+
+class Stages:
+    """The stages of a job, each with a progress bar; `seconds` holds how long each took."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str, total: int, unit: str = "crystals") -> Iterator[Progress]:
+        """A stage of so many steps; one of the same name again adds to its seconds."""
+        began = time.monotonic()
+        with Progress(name, total, unit) as bar:
+            yield bar
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began

@@ -6,24 +6,38 @@ from typing import Any
 
 _ROWS = (
     ("match rate", "match_rate", "{:.1%}"),
+    ("same, valid or not", "match_rate_unconditioned", "{:.1%}"),
+    ("same, as CDVAE counts", "match_rate_cdvae", "{:.1%}"),
     ("RMSE of matches", "rmse", "{:.4f}"),
     ("right number of atoms", "atom_count_accuracy", "{:.1%}"),
     ("right species (atoms)", "species_accuracy", "{:.1%}"),
     ("position error, A", "position_error_A", "{:.4f}"),
     ("cell edge error, A", "length_error_A", "{:.4f}"),
+    ("cell angle error, deg", "angle_error_deg", "{:.4f}"),
 )
-_COLUMNS = (("model", None), ("nearest training", "nearest_training"), ("ceiling", "ceiling"))
+SYSTEMS = (
+    ("model", None), ("nearest training", "nearest_training"), ("codec ceiling", "codec_ceiling"),
+    ("perfect copy", "perfect_copy"),
+)  # fmt: skip
+"""Columns, and where the metrics of each are among those of an evaluation: the model's are not nested."""
 
 
 def metrics_table(metrics: dict[str, Any]) -> str:
-    """The model beside the nearest training crystal and the ceiling, one metric a line."""
-    lines = [f"{metrics['n_test']} crystals".ljust(26) + "".join(f"{name:>18}" for name, _ in _COLUMNS)]
+    """The model beside the nearest training crystal and the two ceilings, one metric a line; then what was missed."""
+    lines = [f"{metrics['n_test']} crystals".ljust(26) + "".join(f"{name:>18}" for name, _ in SYSTEMS)]
     for label, key, form in _ROWS:
-        values = [(metrics[system] if system else metrics)[key] for _, system in _COLUMNS]
+        values = [(metrics[system] or {}).get(key) if system else metrics[key] for _, system in SYSTEMS]
         cells = ["-" if value is None else form.format(value) for value in values]
         lines.append(f"  {label:<24}" + "".join(f"{cell:>18}" for cell in cells))
-    lines.append(f"  {exposure(metrics)}")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"  {misses(metrics)}", f"  {exposure(metrics)}"])
+
+
+def misses(metrics: dict[str, Any]) -> str:
+    """How many crystals gave nothing to compare, in a sentence."""
+    failed = metrics["n_failed"] - metrics["n_not_held"]
+    told = f"misses without a crystal: {metrics['n_not_held']} that the model can't hold, {failed} failed decodes"
+    refused = metrics["data"]["n_refused"]
+    return told + (f"; {refused} inputs could not be read and are not among the {metrics['n_test']}" if refused else "")
 
 
 def bench_line(row: dict[str, Any]) -> str:
@@ -35,8 +49,14 @@ def bench_line(row: dict[str, Any]) -> str:
 
 
 def exposure(metrics: dict[str, Any]) -> str:
-    """Whether the model may have been trained on crystals that it was evaluated on, in a sentence."""
-    seen, total = metrics["n_maybe_trained_on"], metrics["n_test"]
+    """Whether the model was trained on crystals that it was evaluated on, in a sentence."""
+    seen, total = metrics["n_trained_on"], metrics["n_test"]
+    if seen is None:
+        return "UNKNOWN whether the model was trained on these crystals: its bundle doesn't list what it was trained on"
+    listed, of = metrics["training_digests_of"]
+    among = (
+        f"the model's {of} training samples" if listed == of else f"the first {listed} of the model's {of} training samples"
+    )
     if not seen:
-        return f"none of the {total} crystals has a formula of the model's training split"
-    return f"CAUTION: {seen} of the {total} crystals have a formula of the model's training split: this is no held-out test"
+        return f"None of the {total} crystals is among {among}"
+    return f"WARNING: {seen} of the {total} crystals are among {among}: this is no held-out test"

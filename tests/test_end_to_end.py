@@ -63,7 +63,7 @@ def test_metrics_are_whole_and_beside_baseline_and_ceiling(demo: Path) -> None:
     metrics = json.loads((demo / "metrics.json").read_text())
     for name in ("match_rate", "atom_count_accuracy", "species_accuracy", "match_rate_nearest_training"):
         assert 0 <= metrics[name] <= 1
-    assert metrics["match_rate_ceiling"] == 1.0
+    assert metrics["match_rate_codec_ceiling"] == 1.0
     assert metrics["n_test"] == len(Index.read(demo / "shards" / "perov_5").samples("test"))
     assert {"rmse", "position_error_A"} <= metrics.keys()
     assert len(metrics["stages"]) == 7

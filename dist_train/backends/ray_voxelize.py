@@ -27,7 +27,7 @@ from dist_train import __version__
 from dist_train.config import DataConfig, GridSpec
 from dist_train.crystal.elements import NUMBERS
 from dist_train.dataset_card import PICTURES_NAME, Card, write_card
-from dist_train.errors import DataError, DistTrainError, ShardError
+from dist_train.errors import DataError, DistTrainError, ShardError, kind_of
 from dist_train.files import write_text
 from dist_train.progress import Progress
 from dist_train.shards.discover import Found, discover
@@ -185,7 +185,7 @@ def _card(
     rows = [row for members in splits.values() for row in members]
     taken, refused = Counter(row.input for row in rows), Counter(r.input for r in rejected)
     elements = Counter(NUMBERS[symbol] for row in rows for symbol in re.findall("[A-Z][a-z]?", row.formula))
-    kinds = Counter((r.stage, _kind_of(r)) for r in rejected)
+    kinds = Counter((r.stage, kind_of(r.reason.removeprefix(f"{r.id}: "))) for r in rejected)
     shapes = Counter(sample.shape for record in records for sample in record.samples)
     return Card(
         config=resolved,
@@ -204,12 +204,6 @@ def _card(
         shapes={(d, h, w): count for (d, h, w), count in shapes.items()} if data.store == "grids" else {},
         bytes=sum(record.bytes for record in records),
     )
-
-
-def _kind_of(rejected: Rejected) -> str:
-    """The reason without what differs from one crystal to the next."""
-    text = rejected.reason.removeprefix(f"{rejected.id}: ")
-    return re.sub(r"'[^']*'|\[[^\]]*\]", "...", re.sub(r"[-+]?\d[\d.,]*(e[-+]?\d+)?", "#", text))[:120]
 
 
 def _existing(root: Path, digest: str) -> Index | None:

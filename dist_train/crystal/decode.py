@@ -9,9 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -21,7 +19,6 @@ from dist_train.config import GridSpec
 from dist_train.crystal import kernels, labels
 from dist_train.crystal.elements import MAX_Z
 from dist_train.crystal.lattice import MIN_VOLUME_A3, image_offsets, periodic_distances, plane_spacings
-from dist_train.crystal.parallel import parallel_map
 from dist_train.crystal.refine import refine
 from dist_train.crystal.structure import Crystal, wrap
 from dist_train.crystal.voxelize import code_table, voxelize
@@ -111,25 +108,11 @@ def votes(logits_KDHW: NDArray[np.float32], elements: tuple[int, ...]) -> tuple[
     return species, np.asarray(1.0 - shifted[0] / shifted.sum(axis=0), np.float32)
 
 
-def decode_all(fields: Iterable[Fields], spec: GridSpec, workers: int, channel: Channel = "occupancy") -> Iterator[Decoded]:
-    """`decode` of each, in order, over processes; at most one worker means this process."""
-    return parallel_map(partial(_decode_fields, spec, channel), fields, workers)
-
-
-def _decode_fields(spec: GridSpec, channel: Channel, fields: Fields) -> Decoded:
-    return decode(*fields, spec, channel)
-
-
 def decode_ideal(crystal: Crystal, spec: GridSpec) -> Decoded:
-    """A crystal through its own true grid and back: the ceiling of every network in front of `decode`."""
+    """A crystal through its own true `cell` grid and back: the ceiling of every network in front of `decode`."""
     grid = voxelize(crystal, spec.model_copy(update={"channels": ("occupancy",)}))
     labelled = (grid.species_DHW > 0).astype(np.float32)
     return decode(crystal.id, grid.density_CDHW[0], grid.species_DHW, labelled, crystal.lattice_A, spec)
-
-
-def decode_all_ideal(crystals: Iterable[Crystal], spec: GridSpec, workers: int) -> Iterator[Decoded]:
-    """`decode_ideal` of each, in order, over processes."""
-    return parallel_map(partial(decode_ideal, spec=spec), crystals, workers)
 
 
 def _lattice_fault(lattice_A: FloatArray) -> str:

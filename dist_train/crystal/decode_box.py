@@ -27,7 +27,7 @@ from dist_train.crystal.box_atoms import (
     project_slopes,
 )  # fmt: skip
 from dist_train.crystal.cell_choice import Repeats
-from dist_train.crystal.decode import Decoded
+from dist_train.crystal.decode import Channel, Decoded, Fields, decode
 from dist_train.crystal.elements import MAX_Z
 from dist_train.crystal.find_lattice import MARGIN_A, Points, box_images, enlarged, find_repeats
 from dist_train.crystal.frames import spacing_A
@@ -47,6 +47,7 @@ CLEAR_RESIDUAL, UNUSUAL, PARTS = 0.06, 3.0, 4
 part with more, and so many times the usual, speaks against it: in noise it would not."""
 LEAST_DISTORTION_A = 0.04
 """Root mean square displacement from equal places that the density can show to need a larger cell."""
+NO_LATTICE = "a unit shows the atoms of a cell, but not how the cell lies around them: no crystal can be made of it"
 _ITERATIONS = 8
 
 
@@ -59,6 +60,19 @@ class DecodedBox(Decoded):
     """
 
     atoms: BoxAtoms = field(default_factory=lambda: no_atoms(""))
+
+
+def decode_frame(fields: Fields | str, spec: GridSpec, channel: Channel) -> Decoded:
+    """The crystal in fields of any frame (their lattice counts in `cell` alone), or in none: a text says why.
+
+    For `parallel_map`: fields go to other processes in one piece.
+    """
+    if isinstance(fields, str):
+        return Decoded(None, np.zeros(0), fields)
+    if spec.frame == "cell":
+        return decode(*fields, spec, channel)
+    found = decode_box(*fields[:4], spec, channel)
+    return replace(found, reason=NO_LATTICE) if spec.frame == "unit" and not found.reason else found
 
 
 def decode_box(

@@ -1,4 +1,7 @@
-"""The model bundle: a folder with `model.safetensors`, `config.json` and `SHA256SUMS`; no pickle anywhere."""
+"""The model bundle: a folder with `model.safetensors`, `config.json` and `SHA256SUMS`; no pickle anywhere.
+
+`training_digests.npy` holds the digests of the crystals that the model was trained on (see `crystal.digest`).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,12 +25,20 @@ from dist_train.models.autoencoder import CrystalAutoencoder
 
 FORMAT_VERSION = 1
 WEIGHTS_NAME, CONFIG_NAME, SUMS_NAME = "model.safetensors", "config.json", "SHA256SUMS"
+DIGESTS_NAME = "training_digests.npy"
 
 
-def write_bundle(folder: Path, model: CrystalAutoencoder, weights: dict[str, Tensor], about: dict[str, Any]) -> Path:
+def write_bundle(
+    folder: Path,
+    model: CrystalAutoencoder,
+    weights: dict[str, Tensor],
+    about: dict[str, Any],
+    digests: NDArray[np.uint64] | None = None,
+) -> Path:
     """Write a bundle that replaces `folder` as a whole.
 
-    weights: by the model's parameter names; about: provenance (data digest, step, metrics...), kept in config.json.
+    weights: by the model's parameter names; about: provenance (data digest, step, metrics...), kept in config.json;
+    digests: of the training crystals, rising, each once; None where they aren't known.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -33,7 +46,9 @@ def write_bundle(folder: Path, model: CrystalAutoencoder, weights: dict[str, Ten
     save_file({name: value.contiguous() for name, value in weights.items()}, temporary / WEIGHTS_NAME)
     config = {"format_version": FORMAT_VERSION, "code_version": __version__, "about": about, **model.config()}
     (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n")
-    sums = "".join(f"{sha256(temporary / name)}  {name}\n" for name in (CONFIG_NAME, WEIGHTS_NAME))
+    if digests is not None:
+        np.save(temporary / DIGESTS_NAME, digests, allow_pickle=False)
+    sums = "".join(f"{sha256(path)}  {path.name}\n" for path in sorted(temporary.iterdir()))
     (temporary / SUMS_NAME).write_text(sums)
     for path in temporary.iterdir():
         fsync(path)
@@ -59,6 +74,14 @@ def read_bundle(folder: Path) -> tuple[CrystalAutoencoder, dict[str, Any]]:
     return model.eval(), config
 
 
+def training_digests(folder: Path) -> NDArray[np.uint64] | None:
+    """Digests of the crystals that a bundle's model was trained on, rising; None where an older program wrote the bundle.
+
+    Raises ModelError as `read_bundle` does.
+    """
+    return np.load(folder / DIGESTS_NAME, allow_pickle=False) if DIGESTS_NAME in _check_sums(folder) else None
+
+
 def start_from(folder: Path, grid: GridSpec, model: ModelConfig, elements: tuple[int, ...]) -> CrystalAutoencoder:
     """The model of a bundle, standardisation included, for a new run. Raises ModelError where it isn't of the run's kind."""
     found = read_bundle(folder)[0]
@@ -74,13 +97,15 @@ def start_from(folder: Path, grid: GridSpec, model: ModelConfig, elements: tuple
     return found.train()
 
 
-def _check_sums(folder: Path) -> None:
+def _check_sums(folder: Path) -> dict[str, str]:
+    """SHA-256 by the name of every file of the bundle; each was checked."""
     try:
         lines = (folder / SUMS_NAME).read_text(errors="replace").splitlines()
     except OSError:
         raise ModelError(f"{folder} is no model bundle: it has no {SUMS_NAME}") from None
     named = {name: digest for digest, name in (line.partition("  ")[::2] for line in lines)}
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
+    for name in (CONFIG_NAME, WEIGHTS_NAME, *({DIGESTS_NAME} & named.keys())):
         path = folder / name
         if not path.is_file() or named.get(name) != sha256(path):
             raise ModelError(f"bundle file {path} is missing or differs from {SUMS_NAME}: fetch the bundle again")
+    return named

@@ -10,16 +10,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dist_train.crystal.decode import Decoded, decode
-from dist_train.crystal.decode_box import decode_box
+from dist_train.crystal import decode as decoding
+from dist_train.crystal.decode import Decoded
+from dist_train.crystal.decode_box import decode_frame
 from dist_train.crystal.frames import grid_shape
 from dist_train.crystal.lattice import from_lengths_angles
 from dist_train.crystal.structure import Crystal
 from dist_train.crystal.voxelize import Shape, voxelize
 from dist_train.errors import CrystalError
 from dist_train.models.autoencoder import CrystalAutoencoder, Standardiser, cell_numbers, cell_parameters, check_grid
-
-NO_LATTICE = "a unit shows the atoms of a cell, but not how the cell lies around them: no crystal can be made of it"
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,11 @@ class Codec:
         )
 
     def crystals(self, latent_BL: Tensor, ids: Sequence[str]) -> list[Decoded]:
-        """A decoded crystal, or the reason that there is none, for each latent.
+        """A decoded crystal, or the reason that there is none, for each latent."""
+        return [decode_frame(item, self.model.grid, self.channel) for item in self.decodable(latent_BL, ids)]
+
+    def decodable(self, latent_BL: Tensor, ids: Sequence[str]) -> list[decoding.Fields | str]:
+        """What `decode_frame` makes a crystal of, without the networks; the reason where a latent is of no cell.
 
         The shape of an adaptive grid follows from the decoded lattice, and crystals of one shape are decoded together.
         """
@@ -107,9 +110,14 @@ class Codec:
         possible = [place for place, shape in enumerate(shapes) if not isinstance(shape, str)]
         fields = iter(self.fields(latent_BL[possible], [shape for shape in shapes if not isinstance(shape, str)]))
         return [
-            Decoded(None, np.zeros(0), shape) if isinstance(shape, str) else self.decode_fields(id, next(fields))
+            shape if isinstance(shape, str) else self._images(id, next(fields))
             for id, shape in zip(ids, shapes, strict=True)
         ]
+
+    def _images(self, id: str, fields: Fields) -> decoding.Fields:
+        cell = self.model.grid.frame == "cell"
+        lattice = from_lengths_angles(fields.parameters_6) if cell else np.zeros((3, 3))
+        return id, fields.density_CDHW[self.channel_place], fields.species_DHW, fields.probability_DHW, lattice
 
     def _shape(self, parameters_6: NDArray[np.float64]) -> Shape | str:
         """Of the grid that a crystal with these cell parameters has, or why there is none."""
@@ -122,15 +130,6 @@ class Codec:
                 return str(error)
         assert spec.shape != "adaptive"
         return (spec.shape,) * 3
-
-    def decode_fields(self, id: str, fields: Fields) -> Decoded:
-        """The crystal in fields."""
-        spec, channel = self.model.grid, self.channel
-        images = (fields.density_CDHW[self.channel_place], fields.species_DHW, fields.probability_DHW)
-        if spec.frame == "cell":
-            return decode(id, *images, from_lengths_angles(fields.parameters_6), spec, channel)
-        found = decode_box(id, *images, spec, channel)
-        return replace(found, reason=NO_LATTICE) if spec.frame == "unit" and not found.reason else found
 
 
 def _of_one(shapes: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:

@@ -81,6 +81,17 @@ def units(chunk: Chunk, max_atoms: int, first: int = 0, split_column: str | None
     return _file_units(chunk, max_atoms, first)
 
 
+def read_chunk(chunk: Chunk, max_atoms: int) -> list[tuple[str, Item]]:
+    """(file or row, crystal or why it can't be read) of everything in a chunk; for `parallel_map`."""
+    found: list[tuple[str, Item]] = []
+    try:
+        for unit in units(chunk, max_atoms):
+            found += [(unit.file if chunk.names else f"{unit.file}, {unit.id}", item) for _, item in unit.items()]
+    except DataError as error:  # of a whole table or archive
+        found.append((chunk.place, CrystalError(str(error))))
+    return found
+
+
 def _file_units(chunk: Chunk, max_atoms: int, first: int) -> Iterator[Unit]:
     with ExitStack() as stack:
         open_member = _opener(stack, chunk, first)

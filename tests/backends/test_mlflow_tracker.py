@@ -215,7 +215,7 @@ def test_a_damaged_bundle_never_becomes_champion(tracked: RunConfig, tmp_path: P
     assert len(client(tracked).search_model_versions("name = 'crystal-autoencoder'")) == 1
 
 
-@pytest.mark.parametrize(("split", "told"), [("test", "none of the"), ("train", "CAUTION: ")])
+@pytest.mark.parametrize(("split", "told"), [("test", "None of the"), ("train", "WARNING: ")])
 def test_evaluating_on_training_data_is_said_loudly(
     tracked: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], split: str, told: str
 ) -> None:

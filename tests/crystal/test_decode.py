@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from dist_train.config import GridSpec
-from dist_train.crystal.decode import Decoded, decode, decode_all, decode_all_ideal, decode_ideal, votes
+from dist_train.crystal.decode import Decoded, decode, decode_ideal, votes
 from dist_train.crystal.frames import representable
 from dist_train.crystal.lattice import from_lengths_angles, periodic_distances
 from dist_train.crystal.structure import Crystal
@@ -267,17 +267,6 @@ def test_votes_are_the_best_element_and_the_chance_of_any() -> None:
     assert (species.dtype, probability.dtype) == (np.uint8, np.float32)
     np.testing.assert_array_equal(species.ravel(), [22, 56])
     np.testing.assert_allclose(probability.ravel(), [0, 0.75], atol=1e-6)
-
-
-def test_many_are_decoded_in_order(sample_table: SampleTable) -> None:
-    crystals = [representable(crystal, COARSE) for crystal in sample_table("perov_5")[:300:100]]
-    fields = [(crystal.id, *fields_of(crystal, COARSE), crystal.lattice_A) for crystal in crystals]
-    alone = [decode_ideal(crystal, COARSE) for crystal in crystals]
-    for many in (decode_all(fields, COARSE, 1), decode_all_ideal(crystals, COARSE, 1)):
-        for found, expected in zip(many, alone, strict=True):
-            assert found.crystal is not None and expected.crystal is not None
-            assert found.crystal.id == expected.crystal.id
-            np.testing.assert_array_equal(found.crystal.frac_N3, expected.crystal.frac_N3)
 
 
 # Fields that hold no crystal

@@ -11,13 +11,14 @@ from small_models import ADAPTIVE, CUBE, PAPER, WINDOW, make_model
 from torch import Tensor
 
 from dist_train.config import GridSpec
+from dist_train.crystal.decode_box import NO_LATTICE
 from dist_train.crystal.frames import grid_shape, placed
 from dist_train.crystal.metrics import compare
 from dist_train.crystal.structure import Crystal
 from dist_train.crystal.voxelize import Shape, voxelize
 from dist_train.generate import reconstruct
 from dist_train.models.autoencoder import cell_numbers
-from dist_train.models.reconstruct import NO_LATTICE, Codec
+from dist_train.models.reconstruct import Codec
 from dist_train.models.vae import Decoding
 
 UNIT = GridSpec.model_validate({"preset": "paper-unit", "random_rotation": False})

@@ -1,0 +1,253 @@
+"""The verb evaluate: a model against test crystals, as metrics.json, crystals.csv, a report and CIF files."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import platform
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_train import __version__
+from dist_train.commands.models import bundle_folder, write_cifs
+from dist_train.crystal.case import in_grid, make_case
+from dist_train.crystal.decode import Decoded
+from dist_train.crystal.digest import DIGEST_VERSION
+from dist_train.crystal.metrics import structure_valid
+from dist_train.crystal.parallel import parallel_map
+from dist_train.crystal.structure import Crystal
+from dist_train.errors import ConfigError, DataError, kind_of
+from dist_train.evaluate import Evaluation
+from dist_train.evaluate import evaluate as evaluate_model
+from dist_train.evaluate_report import rows, write_evaluation_report
+from dist_train.files import atomic_path, sha256, write_text
+from dist_train.generate import decode, encode, interpolate_latents, sample_latents
+from dist_train.models.export import SUMS_NAME, read_bundle, training_digests
+from dist_train.models.reconstruct import Codec
+from dist_train.progress import Stages
+from dist_train.shards.discover import discover
+from dist_train.shards.index import Index
+from dist_train.shards.reader import ShardReader
+from dist_train.shards.sources import read_chunk
+
+READ_ATOMS = 2000
+"""Crystals with more are refused as they are read (or with more than the model's grid takes, if that is more)."""
+LISTED_REFUSALS = 1000
+PACKAGES = ("numpy", "torch", "scipy", "spglib", "pymatgen")
+
+Refused = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What the command line asks for.
+
+    Either shards and split, or data: files, folders, archives, tables. training: candidates of the baseline; of shards it
+    is their training split by default. limit: so many crystals at most, the first ones. move: seed, or None to leave them.
+    """
+
+    model: str
+    tracking_uri: str | None
+    out: Path
+    shards: Path | None = None
+    split: str | None = None
+    data: Sequence[str] = ()
+    training: Sequence[str] = ()
+    limit: int | None = None
+    move: int | None = None
+    workers: int = 1
+    samples: int = 16
+    steps: int = 9
+
+
+def evaluate(options: EvaluateOptions) -> dict[str, Any]:
+    """Evaluate a model on test crystals and write all results to `options.out`; returns the metrics.
+
+    Raises the error of the first fault found; crystals that can't be read or held are counted, never fatal.
+    """
+    out, stages = options.out, Stages()
+    if out.exists() and not (out / "metrics.json").exists() and any(out.iterdir()):
+        raise ConfigError(f"{out} is not empty and holds no evaluation; set --out to another folder")
+    if options.data and options.split:
+        raise ConfigError(f"--split {options.split} is of shards, and --data has none; leave it out")
+    with bundle_folder(options.model, options.tracking_uri) as folder:
+        network, config = read_bundle(folder)
+        known, bundle_digest = training_digests(folder), sha256(folder / SUMS_NAME)
+    codec = Codec(network)
+    crystals, training, refused = _read(options, max(READ_ATOMS, network.grid.max_atoms), stages)
+    if not crystals:
+        told = f"; the first of {len(refused)}: {refused[0][0]}: {refused[0][1]}" if refused else ""
+        raise DataError(f"there is no crystal to evaluate in {_source(options)}{told}")
+    with stages.stage("prepare", len(crystals) + len(training)) as bar:
+        prepare = partial(make_case, spec=network.grid, elements=network.elements, move=options.move)
+        cases = list(bar.over(parallel_map(prepare, crystals, options.workers)))
+        reduce = partial(in_grid, spec=network.grid)
+        training = list(bar.over(parallel_map(reduce, training, options.workers, 64)))
+    result = evaluate_model(codec, cases, training, options.workers, stages)
+    with stages.stage("samples", options.samples + options.steps) as bar:
+        look = _look_around(codec, result, options.samples, options.steps)
+        bar.update(options.samples + options.steps)
+    about = config["about"]
+    metrics = {
+        "model": {
+            "name": options.model,
+            "bundle_sha256": bundle_digest,
+            "code_version": config["code_version"],
+            "step": about.get("step"),
+            "training_data_digest": about.get("data_digest"),
+        },
+        "data": {
+            "source": _source(options),
+            "digest": _digest(crystals),
+            "n_crystals": len(crystals),
+            "n_refused": len(refused),
+            "n_training": len(training),
+            "limit": options.limit,
+            "moved_by_seed": options.move,
+        },
+        "versions": {"dist_train": __version__, "python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+        **_metrics(result, refused),
+        **_trained_on(result, known, about.get("training_digests", {})),
+        **_sampled(look["samples"]),
+    }
+    with stages.stage("write", len(cases)) as bar:
+        _write(out, options, result, look, metrics)
+        bar.update(len(cases))
+    metrics["seconds"] = {name: round(seconds, 2) for name, seconds in stages.seconds.items()}
+    write_text(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    return metrics
+
+
+def _source(options: EvaluateOptions) -> str:
+    return " ".join(options.data) if options.data else f"{options.shards}, split {options.split or 'test'}"
+
+
+def _read(options: EvaluateOptions, max_atoms: int, stages: Stages) -> tuple[list[Crystal], list[Crystal], Refused]:
+    """Test crystals, training crystals, and what is refused of the test inputs."""
+    index = Index.read(options.shards) if options.shards else None
+    refused: Refused = []
+    if index:
+        crystals = _read_split(index, options.split or "test", options.limit, stages)
+    else:
+        crystals, refused = _read_inputs(options.data, max_atoms, options.limit, options.workers, stages)
+    if options.training:
+        return crystals, _read_inputs(options.training, max_atoms, None, options.workers, stages)[0], refused
+    return crystals, _read_split(index, "train", None, stages) if index else [], refused
+
+
+def _read_split(index: Index, split: str, limit: int | None, stages: Stages) -> list[Crystal]:
+    reader = ShardReader(index, split)
+    places = range(len(reader))[:limit]
+    with stages.stage("read", len(places)) as bar:
+        return list(bar.over(map(reader.crystal, places)))
+
+
+def _read_inputs(
+    inputs: Sequence[str], max_atoms: int, limit: int | None, workers: int, stages: Stages
+) -> tuple[list[Crystal], Refused]:
+    """The first `limit` crystals of files, folders, archives and tables, and (file, reason) of what can't be read."""
+    found = discover(inputs)
+    crystals: list[Crystal] = []
+    refused = [(file, reason) for _, file, reason in found.refused]
+    with stages.stage("read", sum(map(len, found.chunks)), "files and rows") as bar:
+        chunks = parallel_map(partial(read_chunk, max_atoms=max_atoms), found.chunks, workers, 1)
+        for file, item in bar.over(item for chunk in chunks for item in chunk):
+            if isinstance(item, Crystal):
+                crystals.append(item)
+            else:
+                refused.append((file, str(item)))
+            if len(crystals) == limit:
+                break
+    return crystals, refused
+
+
+def _digest(crystals: Iterable[Crystal]) -> str:
+    """SHA-256 of the test crystals as they were read, in order."""
+    found = hashlib.sha256()
+    for crystal in crystals:
+        found.update(crystal.to_json().encode(errors="replace"))
+    return found.hexdigest()
+
+
+def _metrics(result: Evaluation, refused: Refused) -> dict[str, Any]:
+    systems = result.summary()
+    not_held = [case.refusal for case in result.cases if case.refusal]
+    failed = [
+        decoded.reason
+        for case, decoded in zip(result.cases, result.reconstructed, strict=True)
+        if decoded.crystal is None and not case.refusal
+    ]
+    others = ("nearest_training", "codec_ceiling", "perfect_copy")
+    return {
+        **systems["model"],
+        **{f"match_rate_{name}": systems[name]["match_rate"] if name in systems else None for name in others},
+        **{name: systems.get(name) for name in others},
+        "breakdown": result.breakdown(),
+        "n_not_held": len(not_held),
+        "reasons": {
+            "not_held": _counted(not_held),
+            "failed_decode": _counted(failed),
+            "refused": _counted(reason for _, reason in refused),
+        },
+        "refused": [{"file": file, "reason": reason} for file, reason in refused[:LISTED_REFUSALS]],
+    }
+
+
+def _counted(reasons: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(map(kind_of, reasons)).most_common())
+
+
+def _trained_on(result: Evaluation, known: NDArray[np.uint64] | None, about: dict[str, Any]) -> dict[str, Any]:
+    """Test crystals whose digest is one of the model's training crystals; None where its bundle doesn't tell.
+
+    training_digests_of: training samples that the bundle lists, and how many there were.
+    """
+    if known is None or about.get("version") != DIGEST_VERSION:
+        return {"n_trained_on": None, "training_digests_of": None}
+    listed = set(known.tolist())
+    seen = sum(not listed.isdisjoint(case.digests) for case in result.cases)
+    return {"n_trained_on": seen, "training_digests_of": [about["samples"], about["of"]]}
+
+
+def _look_around(codec: Codec, result: Evaluation, n_samples: int, steps: int) -> dict[str, list[Decoded]]:
+    """Samples, and the way between the first two reconstructed test crystals."""
+    samples = list(decode(codec, sample_latents(codec, n_samples, seed=0), [f"sample-{i:03d}" for i in range(n_samples)]))
+    pairs = zip(result.cases, result.reconstructed, strict=True)
+    ends = list(islice((case.crystal for case, decoded in pairs if decoded.crystal is not None), 2))
+    frames = []
+    if steps and len(ends) == 2:
+        start, stop = encode(codec, ends)
+        frames = list(decode(codec, interpolate_latents(start, stop, steps), [f"step-{i:02d}" for i in range(steps)]))
+    return {"samples": samples, "interpolation": frames}
+
+
+def _sampled(samples: Sequence[Decoded]) -> dict[str, int]:
+    found = [decoded.crystal for decoded in samples if decoded.crystal is not None]
+    return {
+        "n_samples": len(samples),
+        "samples_decoded": len(found),
+        "samples_structurally_valid": sum(map(structure_valid, found)),
+        "samples_distinct_compositions": len({crystal.formula for crystal in found}),
+    }
+
+
+def _write(
+    out: Path, options: EvaluateOptions, result: Evaluation, look: dict[str, list[Decoded]], metrics: dict[str, Any]
+) -> None:
+    shutil.rmtree(out / "cifs", ignore_errors=True)
+    for group, decoded in {"reconstructed": result.reconstructed, **look}.items():
+        write_cifs(out / "cifs" / group, decoded)
+    with atomic_path(out / "crystals.csv") as path, path.open("w", newline="", errors="replace") as stream:
+        csv.writer(stream).writerows(rows(result))
+    write_evaluation_report(out / "report.html", f"{options.model} on {_source(options)}", result, look, metrics)
