@@ -26,7 +26,9 @@ POINT = np.array([0.06, 0.1, 0.15])
 """Fractional coordinates where the density counts: on no symmetry element of any cell."""
 WIDTH = 0.14
 """Standard deviation, in fractions of the edges, of the Gaussian that the atoms are smoothed with."""
-MAX_INDEX = 2
+MAX_INDEX, MAX_SQUARE = 2, 6
+"""Waves of the smoothed density: their largest index, and the largest sum of squares. The settings of space groups such as
+Pa-3 differ by waves like (2, 1, 0) and (1, 2, 0), not by longer ones."""
 CHEMISTRY = 0.3
 """How much the heights of these Gaussians hang on the elements: the geometry chooses first, so that crystals of one
 structure type get the same frame, and the elements where it leaves a choice."""
@@ -83,5 +85,5 @@ def _waves() -> tuple[FloatArray, NDArray[np.complex128]]:
     axis = np.arange(-MAX_INDEX, MAX_INDEX + 1.0)
     h = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3)
     h = h[len(h) // 2 + 1 :]
-    h = h[(h**2).sum(1) <= MAX_INDEX**2]
+    h = h[(h**2).sum(1) <= MAX_SQUARE]
     return h, 2 * DENSITY * np.exp(-2 * (np.pi * WIDTH) ** 2 * (h**2).sum(1)) * np.exp(-2j * np.pi * h @ POINT)
