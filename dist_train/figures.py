@@ -95,7 +95,8 @@ def loss_curves(spool: Path) -> bytes:
     for axis in panels[: len(parts) + 1]:
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=8)
-        axis.legend(fontsize=8)
+        if axis.get_lines():
+            axis.legend(fontsize=8)
     return png_bytes(figure)
 
 

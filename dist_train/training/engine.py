@@ -260,7 +260,7 @@ def check_batch(config: RunConfig, ranks: int) -> int:
             f"(train.global_batch_size {batch}); set a divisor of {batch // ranks}"
         )
     seen = micro * share
-    if seen < 1 or abs(seen - round(seen)) > 1e-6:
+    if config.train.objective != "vae" and (seen < 1 or abs(seen - round(seen)) > 1e-6):
         raise ConfigError(
             f"train.unet_share {share} of the {micro} crystals of a forward pass is {seen:.4g}, not a whole number; set "
             f"another share, train.global_batch_size (now {batch} on {ranks} ranks) or train.micro_batch_size"

@@ -30,7 +30,7 @@ from dist_train.training.tracker import Tracker
 
 log = logging.getLogger(__name__)
 VALIDATION_BATCH = 32
-VALIDATED = ("loss", *PARTS, "count_exact", "composition_exact")
+DECODED = ("count_exact", "composition_exact")
 
 
 def fit(
@@ -82,7 +82,8 @@ def fit(
                 found = validate(config, engine, val)
                 tracker.log(state.step, found)
                 state = replace(state, validation_loss=found["val/loss"])
-                shown["val_exact"] = f"{found['val/composition_exact']:.1%}"
+                exact = found.get("val/composition_exact")
+                shown |= {"val_loss": f"{found['val/loss']:.3f}"} if exact is None else {"val_exact": f"{exact:.1%}"}
             if state.step % settings.checkpoint_every == 0 or done:
                 began = time.perf_counter()
                 checkpoints.save(engine, state)
@@ -134,14 +135,15 @@ def _nonfinite_message(in_a_row: int, step: int, train: ShardReader, plan: Batch
 def validate(config: RunConfig, engine: Engine, val: ShardReader) -> dict[str, float]:
     """Losses and decoded accuracy of the averaged weights on the validation split, shared out among the ranks.
 
-    composition_exact: crystals decoded with every atom's species right; count_exact: with the right number of atoms;
-    crystals: how many there are, damaged samples left out.
+    composition_exact: crystals decoded with every atom's species right; count_exact: with the right number of atoms (both
+    left out where the objective trains no U-Net); crystals: how many there are, damaged samples left out.
     """
     places = list(range(engine.rank, len(val), engine.ranks))
-    # All of them also on a rank that has no crystal: ranks add up in this order.
-    sums = dict.fromkeys((*VALIDATED, "crystals"), 0.0)
     codec = Codec(engine.averaged())
     objective = Objective(codec.model, config.train, engine.device, torch.float32).eval()
+    # All of them also on a rank that has no crystal: ranks add up in this order.
+    names = ("loss", *PARTS, *(DECODED if objective.share else ()), "crystals")
+    sums = dict.fromkeys(names, 0.0)
     for chosen in _of_one_shape(places, val):
         found: dict[int, Record] = {}
         for place in chosen:
@@ -154,13 +156,15 @@ def validate(config: RunConfig, engine: Engine, val: ShardReader) -> dict[str, f
         batch = collate(records).to(engine.device)
         for name, value in _losses(config, engine, objective, batch, list(found)).items():
             sums[name] += value * len(records)
+        if not objective.share:
+            continue
         decoded = codec.crystals(codec.latents(batch.density_BCDHW, batch.cell_B6), [r.crystal.id for r in records])
         for made, record in zip(decoded, records, strict=True):
             if made.crystal is not None:
                 sums["count_exact"] += len(made.crystal) == len(record.crystal)
                 sums["composition_exact"] += made.crystal.composition == record.crystal.composition
     *totals, crystals = engine.total(torch.tensor(list(sums.values()), dtype=torch.float64, device=engine.device))
-    means = {f"val/{name}": total / max(crystals, 1.0) for name, total in zip(VALIDATED, totals, strict=True)}
+    means = {f"val/{name}": total / max(crystals, 1.0) for name, total in zip(names[:-1], totals, strict=True)}
     return means | {"val/crystals": crystals}
 
 

@@ -236,3 +236,12 @@ def test_crystals_that_no_batch_takes_are_told(
     monkeypatch.setattr(ShardReader, "shapes", property(lambda _: shapes))
     commands.train(settings(shards, tmp_path, "train.stop_after_step=1"))
     assert f"5 of {len(shapes)} training samples are never seen" in caplog.text
+
+
+def test_a_vae_alone_is_not_judged_by_a_unet_that_nothing_trained(shards: Path, tmp_path: Path) -> None:
+    """Nor does the U-Net's share of the crystals have to be a whole number of them."""
+    commands.train(settings(shards, tmp_path, "train.objective=vae", "train.unet_share=0.1", "train.epochs=1"))
+    (found,) = (r["metrics"] for r in read_spool(tmp_path / "metrics.jsonl") if "val/loss" in r["metrics"])
+    assert found["val/loss"] > 0
+    assert not {"val/count_exact", "val/composition_exact"} & found.keys()
+    assert (tmp_path / "figures" / "loss_curves.png").exists()
