@@ -42,6 +42,8 @@ RAW_SHARE, WEBDATASET = 0.5, 5.0
 LOOP_SHARE, WAIT_PERCENT = 0.95, 2.0
 """Wanted of the train loop: this share of the bare loop's rate, and at most so much waiting for data."""
 TWO_RANKS, BF16 = 1.8, 1.8
+PLANNED = 0.3
+"""How far the speed that is foretold may be from that of training."""
 WARM, STEPS = 3, 18
 LOADED = (
     ("1 channel, 32^3", (), 64, 3400),
@@ -138,6 +140,10 @@ def step_rows(sample: Path) -> Iterator[Row]:
             f"samples a second: {case}", median(rate[name]), "1/s", median(rate[other]), ratio, target, ratio >= target
         )
     waited = median(run["data_wait_percent"] for run in runs["one"])
+    foretold = _plan(path)
+    ratio = foretold / median(rate["one"])
+    case = "samples a second foretold by dist-train plan on this machine; reference: training"
+    yield Row(case, foretold, "1/s", median(rate["one"]), ratio, None, abs(ratio - 1) <= PLANNED)
     yield Row("waiting for data, share of a step", waited, "%", None, None, WAIT_PERCENT, waited <= WAIT_PERCENT)
     yield _bf16()
 
@@ -154,6 +160,12 @@ def _training(config: Path, run_dir: Path, ranks: int) -> dict[str, float]:
         "samples_per_second": batch / seconds,
         "data_wait_percent": median(step["data_wait_percent"] for step in steps),
     }
+
+
+def _plan(config: Path) -> float:
+    """Samples a second of one rank on this machine, as `dist-train plan` foretells them."""
+    command = [sys.executable, "-m", "dist_train", "plan", "--config", str(config), "--device", "here", "--json"]
+    return float(json.loads(_run(command, 1))["samples_per_second"])
 
 
 def _run(command: list[str], ranks: int) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from statistics import median
 
 import psutil
 import torch
 
+from dist_train.commands.launch import rank_environment
 from dist_train.commands.training import build_model, check_training, keep_memory
 from dist_train.config import RunConfig
 from dist_train.forecast import UTILISATION, Forecast, Machine, forecast
@@ -54,7 +54,7 @@ def measure(config: RunConfig, index: Index, ranks: int) -> float:
     """FLOP a second that a rank of this machine, with its share of the cores, makes of one part of a step."""
     threads, micro = torch.get_num_threads(), check_batch(config, ranks)
     keep_memory()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+    torch.set_num_threads(int(rank_environment(ranks)["OMP_NUM_THREADS"]))
     try:
         reader = ShardReader(index, "train")
         order = BatchPlan(reader.shapes, reader.shard_sizes, micro, 1, config.seed, 0, 1, config.data.shuffle_window)

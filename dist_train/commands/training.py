@@ -143,11 +143,10 @@ def check_training(config: RunConfig, ranks: int) -> Index:
 
         deepspeed_config(config, ranks)
     index = Index.read(config.data.shards, config.data.cache_dir, config.data.cache_MB)
-    grid = config.grid.model_dump(mode="json")
-    there = index.config["grid"]
-    differing = [key for key, value in grid.items() if there.get(key) != value]
+    grid, there = (spec.model_dump(mode="json") for spec in (config.grid, index.grid))
+    differing = [key for key, value in grid.items() if there[key] != value]
     if differing:
-        told = "; ".join(f"{key} is {there.get(key)} there, {grid[key]} here" for key in differing)
+        told = "; ".join(f"{key} is {there[key]} there, {grid[key]} here" for key in differing)
         raise ConfigError(f"the shards in {index.place} have another grid: {told}; voxelise anew or set grid.* to theirs")
     check_shards(index, ("train", "val"))
     reader = ShardReader(index, "train")
