@@ -1,4 +1,5 @@
-"""`dist-train bench loader step`: how fast samples become batches, and what the train loop costs beside its networks.
+"""`dist-train bench loader step kills`: how fast samples become batches, what the train loop costs beside its networks, and
+whether a run that is killed again and again ends as one that was not.
 
 Whatever is compared is measured in turns, in processes of their own where they would disturb each other.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -17,6 +19,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+import psutil
 import torch
 
 from dist_train.bench import Row
@@ -26,9 +29,12 @@ from dist_train.config import RunConfig, load_config
 from dist_train.crystal.parquet import parquet_length, read_parquet_rows, write_parquet
 from dist_train.crystal.structure import Crystal
 from dist_train.errors import DataError
+from dist_train.files import sha256
 from dist_train.models.blocks import Style
 from dist_train.models.objectives import step_noise
 from dist_train.models.unet import AttentionUNet
+from dist_train.node import is_rank
+from dist_train.progress import Progress
 from dist_train.shards.batches import train_batches
 from dist_train.shards.index import Index
 from dist_train.shards.order import BatchPlan
@@ -55,6 +61,12 @@ MODEL = (
     "train.validate_every=1000000", "train.checkpoint_every=1000000", f"train.stop_after_step={STEPS}",
 )  # fmt: skip
 """The default networks, grid and batch."""
+KILLED = (
+    "grid.shape=12", "grid.max_spacing_A=0.5", "model.preset=cell-tiny", "train.epochs=12", "train.global_batch_size=16",
+    "train.log_every=1", "train.checkpoint_every=7", "train.validate_every=40",
+)  # fmt: skip
+KILLS, KILL_STEPS, KILL_SECONDS = 20, 9, 0.5
+"""How often a rank is killed: within so many steps and then seconds of the kill before."""
 
 
 def loader_rows(sample: Path) -> Iterator[Row]:
@@ -218,6 +230,51 @@ def _bf16() -> Row:
     low, full = (values[1:] for values in times.values())
     ratio = median(b / a for a, b in zip(low, full, strict=True))
     return Row(case, median(low), "s", median(full), ratio, BF16, ratio >= BF16)
+
+
+def kill_rows(sample: Path) -> Iterator[Row]:
+    """`kill -9` of a random rank at random steps of a launch that starts them again, beside an undisturbed one."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = load_config(None, (*KILLED, f"data.shards={folder}/shards"))
+        _shards(sample, config, 300)
+        path = Path(folder, "run.yaml")
+        path.write_text(config.to_yaml())
+        ends = []
+        for kills in (0, KILLS):
+            run_dir = Path(folder, f"run{kills}")
+            made = _killed(path, run_dir, kills)
+            records = [record for record in read_spool(run_dir / "metrics.jsonl") if "train/loss" in record["metrics"]]
+            losses = {record["step"]: record["metrics"]["train/loss"] for record in records}
+            ends.append((losses, sha256(run_dir / "bundle" / "model.safetensors")))
+    same = ends[0] == ends[1] and made == KILLS
+    yield Row("kills of a rank at random steps, all losses and weights as without", made, "kills", target=KILLS, holds=same)
+
+
+def _killed(config: Path, run_dir: Path, kills: int) -> int:
+    """Train on two ranks and kill one of them so many times; how many times it was done."""
+    rng, made, step = random.Random(0), 0, 0
+    command = [sys.executable, "-m", "dist_train", "launch", "--config", str(config), "--set", f"run_dir={run_dir}"]
+    with run_dir.with_suffix(".log").open("w") as log, Progress(f"train, {kills} kills", kills, "kills") as bar:
+        launch = psutil.Popen([*command, "--ranks", "2", "--restarts", str(kills)], stdout=log, stderr=log)
+        while launch.poll() is None:
+            if made < kills and _step(run_dir) >= step:
+                time.sleep(rng.uniform(0, KILL_SECONDS))
+                ranks = [child for child in launch.children(recursive=True) if is_rank(child)]
+                if ranks:
+                    rng.choice(ranks).kill()
+                    made, step = made + 1, _step(run_dir) + rng.randint(1, KILL_STEPS)
+                    bar.update()
+            time.sleep(0.05)
+    if launch.returncode:
+        told = run_dir.with_suffix(".log").read_text().strip().splitlines()[-1:]
+        raise DataError(f"a run of which {made} ranks were killed ended with exit code {launch.returncode}: {told}")
+    return made
+
+
+def _step(run_dir: Path) -> int:
+    """The last step that a run has logged."""
+    spool = run_dir / "metrics.jsonl"
+    return max((record["step"] for record in read_spool(spool)), default=0) if spool.exists() else 0
 
 
 def _shards(sample: Path, config: RunConfig, crystals: int) -> Index:

@@ -405,7 +405,7 @@ def _score(options: argparse.Namespace) -> str:
 def _add_bench(verbs: Verbs) -> None:
     parser = _verb(verbs, "bench", "measure the speed of the project's core on this machine, beside the targets")
     parser.add_argument(
-        "names", nargs="+", choices=("voxelize", "decode", "shard", "loader", "step"), help="what to measure"
+        "names", nargs="+", choices=("voxelize", "decode", "shard", "loader", "step", "kills"), help="what to measure"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object with `rows` instead of a table")
     parser.add_argument("--sample", type=Path, default=Path("data/sample"), help="folder of the shipped crystals")
@@ -418,10 +418,10 @@ def _bench(options: argparse.Namespace) -> str:
 
     from dist_train.bench import core_rows
     from dist_train.bench_shard import shard_rows
-    from dist_train.bench_train import loader_rows, step_rows
+    from dist_train.bench_train import kill_rows, loader_rows, step_rows
     from dist_train.tables import bench_line
 
-    others = {"shard": shard_rows, "loader": loader_rows, "step": step_rows}
+    others = {"shard": shard_rows, "loader": loader_rows, "step": step_rows, "kills": kill_rows}
     rows = []
     for name in options.names:
         for row in others[name](options.sample) if name in others else core_rows(name, options.sample):

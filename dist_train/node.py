@@ -70,13 +70,13 @@ def send(folder: str, number: int, ranks_only: bool) -> int:
     sent = 0
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if folder in process.cmdline()[1:] and (not ranks_only or _is_rank(process)):
+            if folder in process.cmdline()[1:] and (not ranks_only or is_rank(process)):
                 process.send_signal(number)
                 sent += 1
     return sent
 
 
-def _is_rank(process: psutil.Process) -> bool:
+def is_rank(process: psutil.Process) -> bool:
     """Whether it is a rank, not a launcher, which has no RANK, nor a worker that a rank forked."""
     parent = process.parent()
     return "RANK" in process.environ() and (parent is None or parent.cmdline() != process.cmdline())
