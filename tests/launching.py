@@ -22,6 +22,8 @@ from dist_train.training.tracker import read_spool
 T = TypeVar("T")
 Listed = Callable[[], Iterable[psutil.Process]]
 LIMIT_S = 240
+SLOWED = {"train__checkpoint_every": 1}
+"""For runs that are to be caught at a step: a step then waits until the checkpoint of the one before is written."""
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 

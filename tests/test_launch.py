@@ -14,6 +14,7 @@ import pytest
 import yaml
 from launching import (
     LIMIT_S,
+    SLOWED,
     assert_same_training,
     errors,
     finished,
@@ -130,12 +131,12 @@ def test_the_slurm_script_in_the_repository_is_what_is_printed(
 @pytest.mark.timeout(3 * LIMIT_S)
 def test_a_killed_rank_is_started_again_and_changes_nothing(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    command = launch_command(config, "--ranks", "2", "--restarts", "1", run_dir=run)
+    command = launch_command(config, "--ranks", "2", "--restarts", "1", run_dir=run, **SLOWED)
     with started(command) as process:
         rank_at_step(run, 4, process).send_signal(signal.SIGKILL)
         out, err = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, err
-    assert "starting them again" in err
+    assert "on again from their newest checkpoint" in err
     assert "12 steps done" in out
     assert not members(run)
     assert_same_training(config.parent / "whole", run)

@@ -15,6 +15,7 @@ import psutil
 import pytest
 from launching import (
     LIMIT_S,
+    SLOWED,
     assert_same_training,
     errors,
     finished,
@@ -78,7 +79,7 @@ def test_two_nodes_stop_on_a_signal_go_on_after_a_kill_and_tell_no_secret(
 ) -> None:
     run = tmp_path / "run"
     options = ("--hostfile", hostfile(hosts, "node-1", "node-2"), "--restarts", "1")
-    command = hosts.command(*launch_command(undisturbed_run, *options, run_dir=run))
+    command = hosts.command(*launch_command(undisturbed_run, *options, run_dir=run, **SLOWED))
     environment = {"PDSH_SSH_ARGS_APPEND": hosts.ssh_options, **SECRETS}
 
     with started(command, **environment) as process:
@@ -100,7 +101,7 @@ def test_two_nodes_stop_on_a_signal_go_on_after_a_kill_and_tell_no_secret(
         _, err = process.communicate(timeout=60)
         assert process.returncode == 85, err
         assert len([line for line in err.splitlines() if "asked to stop" in line]) == 1
-        assert "starting them again" not in err
+        assert "on again from their newest checkpoint" not in err
         assert not members(run, hosts.processes)
         assert not handed_over.exists()
 
@@ -111,7 +112,7 @@ def test_two_nodes_stop_on_a_signal_go_on_after_a_kill_and_tell_no_secret(
         rank_1.send_signal(signal.SIGKILL)
         out, err = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, err
-    assert "starting them again" in err
+    assert "on again from their newest checkpoint" in err
     assert "12 steps done" in out
     assert not members(run, hosts.processes)
     assert_same_training(undisturbed_run.parent / "whole", run)
