@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
@@ -259,9 +260,8 @@ def _killed(config: Path, run_dir: Path, kills: int) -> int:
         while launch.poll() is None:
             if made < kills and _step(run_dir) >= step:
                 time.sleep(rng.uniform(0, KILL_SECONDS))
-                ranks = [child for child in launch.children(recursive=True) if is_rank(child)]
-                if ranks:
-                    rng.choice(ranks).kill()
+                with suppress(psutil.Error, IndexError):  # it has just ended by itself, or none is there
+                    rng.choice([child for child in launch.children(recursive=True) if is_rank(child)]).kill()
                     made, step = made + 1, _step(run_dir) + rng.randint(1, KILL_STEPS)
                     bar.update()
             time.sleep(0.05)
