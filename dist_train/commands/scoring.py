@@ -16,7 +16,7 @@ from dist_train.files import write_text
 from dist_train.generation_metrics import BENCHMARKS, PUBLISHED_KEYS, generation_metrics, total_steps
 from dist_train.progress import Progress
 from dist_train.shards.discover import discover
-from dist_train.shards.sources import units
+from dist_train.shards.sources import read_chunk
 
 T = TypeVar("T")
 
@@ -130,9 +130,8 @@ def _read(inputs: Sequence[str]) -> Iterator[Crystal | CrystalError]:
     found = discover(inputs)
     for _, file, reason in found.refused:
         yield CrystalError(f"{file}: {reason}")
-    for unit in (unit for chunk in found.chunks for unit in units(chunk, MAX_ATOMS)):
-        for _, item in unit.items():
-            yield CrystalError(f"{unit.file}: {item}") if isinstance(item, CrystalError) else item
+    for place, item in (row for chunk in found.chunks for row in read_chunk(chunk, MAX_ATOMS)):
+        yield CrystalError(f"{place}: {item}") if isinstance(item, CrystalError) else item
 
 
 def _all(inputs: Sequence[str]) -> list[Crystal]:

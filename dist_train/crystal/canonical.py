@@ -23,7 +23,7 @@ EDGES, COSINES = np.array([35.0, 30.0, 25.0]), np.array([1.2, 1.0, 0.8])
 """What the score gains by the density, and loses by each edge over the cube root of the volume and by the cosines of alpha,
 beta and gamma. These differ, so that a lattice has one best cell even where the density is the same in several."""
 POINT = np.array([0.06, 0.1, 0.15])
-"""Fractional coordinates where the density counts: on no symmetry element of any cell."""
+"""Fractional coordinates, seen from the origin, where the density counts: in a general position."""
 WIDTH = 0.14
 """Standard deviation, in fractions of the edges, of the Gaussian that the atoms are smoothed with."""
 MAX_INDEX, MAX_SQUARE = 2, 6
