@@ -202,7 +202,9 @@ def bare_loop(config: RunConfig) -> float:
     size = config.train.global_batch_size
     order = BatchPlan(reader.shapes, reader.shard_sizes, size, 1, config.seed, 0, 1)
     batch = next(iter(train_batches(reader, order, 0, 1))).batch.to(engine.device)
-    noise = step_noise(config.seed, 0, range(size), engine.objective.share, config.model.latent, batch.shape, engine.device)
+    noise = step_noise(
+        config.seed, 0, range(size), engine.objective.share, config.model.latent_size, batch.shape, engine.device
+    )
     optimizer, seconds = torch.optim.AdamW(engine.objective.parameters(), lr=1e-4, fused=True), []
     for _ in range(STEPS):
         began = time.perf_counter()

@@ -21,7 +21,7 @@ Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 SPLIT_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 SplitName = Annotated[str, Field(pattern=SPLIT_NAME)]
-Channel = Literal["occupancy", "z_density", "period", "group", "f_block", "table"]
+Channel = Literal["occupancy", "z_density", "period", "group", "f_block", "code", "table"]
 ElementTable = Annotated[
     tuple[tuple[str, tuple[float, ...]], ...],
     BeforeValidator(lambda given: tuple(given.items()) if isinstance(given, dict) else given),
@@ -87,7 +87,8 @@ class GridSpec(Section):
     random_origin: bool = False
     """Move each copy of a crystal by a random part of its cell (cells and windows)."""
     channels: tuple[Channel, ...] = ("occupancy",)
-    """Density channels in order: occupancy, z_density (the paper's), period (7), group (18), f_block (14), table."""
+    """Density channels in order: occupancy, z_density (the paper's), period (7), group (18), f_block (14), code (12: bits,
+    four of which differ between any two elements), table."""
     element_table: ElementTable = ()
     """Heights of the channel kind 'table' for each element, such as {O: [1, 0], Ti: [0.5, 2]}."""
 
@@ -108,8 +109,8 @@ class GridSpec(Section):
 
     @model_validator(mode="after")
     def _frame_is_sound(self) -> Self:
-        if self.canonical and (self.frame != "cell" or not self.niggli or self.random_origin):
-            raise ValueError("canonical needs the frame 'cell', niggli, and no random_origin")
+        if self.canonical and (self.frame != "cell" or not self.niggli):
+            raise ValueError("canonical needs the frame 'cell' and niggli")
         if self.frame == "cell":
             if self.random_rotation:
                 raise ValueError("random_rotation has no effect on the frame 'cell', whose axes turn with the crystal")
@@ -223,10 +224,16 @@ class ModelConfig(Section):
 
     latent: Count = 256
     """Numbers in the latent vector of a crystal."""
+    latent_voxels: Count | None = None
+    """Most voxels of a coarse periodic grid that the latent has besides the vector; null: the vector is all."""
+    latent_channels: Annotated[int, Field(ge=0)] = 0
+    """Numbers in each voxel of that grid."""
     vae_widths: Annotated[tuple[Count, ...], Field(min_length=1)] = (32, 64)
     """Channels after each layer of the encoder; the decoder mirrors them."""
     vae_halvings: Count | None = None
     """How many of these layers, the last ones, halve the grid; null: all."""
+    vae_depth: Annotated[int, Field(ge=0)] = 0
+    """Residual blocks after each of these layers, and after each of the decoder's."""
     coarse: Count | None = None
     """Voxels along each axis of the grid between the VAE's convolutions and the latent vector; cells of other shapes are
     brought to it by Fourier interpolation. null: the cube's after all halvings (for adaptive grids that of a cube of 32)."""
@@ -255,12 +262,26 @@ class ModelConfig(Section):
     def _layers_are_sound(self) -> Self:
         if self.vae_halvings is not None and self.vae_halvings > len(self.vae_widths):
             raise ValueError(f"vae_halvings {self.vae_halvings} is more than the {len(self.vae_widths)} vae_widths")
+        if bool(self.latent_voxels) != bool(self.latent_channels):
+            raise ValueError(
+                f"latent_voxels {self.latent_voxels} and latent_channels {self.latent_channels} go together: "
+                "give both or neither"
+            )
+        if self.latent_voxels and (self.coarse or self.hidden):
+            raise ValueError(
+                f"coarse {self.coarse} and hidden {self.hidden} are for a latent without latent_voxels: leave them out"
+            )
         if self.norm_groups and any(width % self.norm_groups for width in (*self.vae_widths, self.unet_width)):
             raise ValueError(
                 f"norm_groups {self.norm_groups} must divide all of vae_widths {list(self.vae_widths)} "
                 f"and unet_width {self.unet_width}"
             )
         return self
+
+    @property
+    def latent_size(self) -> int:
+        """Numbers in the whole latent of a crystal."""
+        return self.latent + (self.latent_voxels or 0) * self.latent_channels
 
     @property
     def halvings(self) -> int:

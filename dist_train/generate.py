@@ -32,7 +32,7 @@ def encode(codec: Codec, crystals: Sequence[Crystal], progress: Callable[[int], 
 
     progress(n): n more are encoded.
     """
-    latents = [torch.empty(0, codec.model.model.latent, device=codec.device)]
+    latents = [torch.empty(0, codec.model.model.latent_size, device=codec.device)]
     for batch in _batches(crystals):
         latents.append(codec.encode(batch))
         progress(len(batch))
@@ -49,7 +49,7 @@ def decode(codec: Codec, latent_NL: Tensor, ids: Sequence[str], workers: int = 1
 def sample_latents(codec: Codec, n: int, seed: int) -> Tensor:
     """[n, latent] draws from the Gaussian that was fitted to the training crystals' latents; same seed, same draws."""
     generator = torch.Generator().manual_seed(seed % 2**63)
-    noise = torch.randn(n, codec.model.model.latent, generator=generator)
+    noise = torch.randn(n, codec.model.model.latent_size, generator=generator)
     return codec.model.prior_mean.cpu().float() + noise @ codec.model.prior_cholesky.cpu().float().T
 
 

@@ -62,7 +62,7 @@ def measure(config: RunConfig, index: Index, ranks: int) -> float:
         seconds, flops = [], 0.0
         for item in train_batches(reader, order, 0, min(ROUNDS + 1, order.steps), engine.device):
             batch = item.batch.to(engine.device)
-            share, latent = engine.objective.share, config.model.latent
+            share, latent = engine.objective.share, config.model.latent_size
             noise = step_noise(config.seed, item.step, range(micro), share, latent, batch.shape, engine.device)
             began = time.perf_counter()
             engine.step([(batch, noise)], config.train.learning_rate, 1.0)

@@ -52,12 +52,27 @@ def _places() -> NDArray[np.int64]:
 
 
 PLACES = _places()
+N_BITS = 12
+
+
+def _words() -> NDArray[np.int64]:
+    """[MAX_Z + 1, N_BITS] bits of a different word for each element: any two differ in at least four bits.
+
+    The lexicode of length 12 and distance 4 (Conway and Sloane 1986), 128 words: each is the first, counted in binary, that
+    is far enough from all before it. Index 0, no atom, has the word of zeros.
+    """
+    words: list[int] = []
+    for word in range(2**N_BITS):
+        if all((word ^ other).bit_count() >= 4 for other in words):
+            words.append(word)
+    return np.array(words[: MAX_Z + 1])[:, None] >> np.arange(N_BITS) & 1
 
 
 def element_code(kind: str) -> NDArray[np.float32]:
     """[MAX_Z + 1, K] code of each element in the channels of one kind.
 
     'occupancy': 1 for every atom. 'z_density': the atomic number. 'period', 'group', 'f_block': one channel each place.
+    'code': 12 bits in which any two elements differ four times, while they may share period or group.
     Raises KeyError for another kind.
     """
     z = np.arange(MAX_Z + 1)
@@ -65,5 +80,7 @@ def element_code(kind: str) -> NDArray[np.float32]:
         return np.asarray(z[:, None] > 0, dtype=np.float32)
     if kind == "z_density":
         return z[:, None].astype(np.float32)
+    if kind == "code":
+        return _words().astype(np.float32)
     column, size = {"period": (0, N_PERIODS), "group": (1, N_GROUPS), "f_block": (2, N_F_PLACES)}[kind]
     return np.asarray(PLACES[:, column, None] == np.arange(1, size + 1), dtype=np.float32)

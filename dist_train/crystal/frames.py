@@ -37,7 +37,7 @@ def grid_shape(lattice_A: NDArray[np.float64], spec: GridSpec) -> tuple[int, int
                 f"at most {spec.max_spacing_A} A is allowed"
             )
         return (spec.shape,) * 3
-    d, h, w = (ADAPTIVE_MULTIPLE * max(2, ceil(e / spec.max_spacing_A / ADAPTIVE_MULTIPLE)) for e in edges.tolist())
+    d, h, w = (ADAPTIVE_MULTIPLE * ceil(e / spec.max_spacing_A / ADAPTIVE_MULTIPLE) for e in edges.tolist())
     if d * h * w > spec.max_voxels:
         raise CrystalError(f"{d} x {h} x {w} = {d * h * w} voxels are needed, at most {spec.max_voxels} are allowed")
     return d, h, w

@@ -88,12 +88,13 @@ class CrystalAutoencoder(nn.Module):
         style = Style(grid.frame == "cell", model.blocks == "paper", model.norm_groups)
         channels, edge = n_channels(grid), USUAL_EDGE if grid.shape == "adaptive" else grid.shape
         coarse = model.coarse or -(-edge // 2**model.halvings)
-        self.encoder = Encoder(channels, coarse, model, style)
-        self.decoder = Decoder(channels, coarse, model, len(elements), style)
+        adaptive = grid.shape == "adaptive"
+        self.encoder = Encoder(channels, coarse, model, adaptive, style)
+        self.decoder = Decoder(channels, coarse, model, len(elements), adaptive, style)
         self.unet = AttentionUNet(channels, 1 + len(elements), model.unet_width, model.unet_levels, style)
         # The Gaussian of the training crystals' latents, fitted after training: N(0, I) is a poor prior (see generate).
-        self.register_buffer("prior_mean", torch.zeros(model.latent))
-        self.register_buffer("prior_cholesky", torch.eye(model.latent))
+        self.register_buffer("prior_mean", torch.zeros(model.latent_size))
+        self.register_buffer("prior_cholesky", torch.eye(model.latent_size))
 
     def encode(self, density_BCDHW: Tensor, cell_B6: Tensor) -> Latent:
         """Posterior of standardised inputs; the grids may have any shape that `RunConfig.check_halvings` takes."""
@@ -101,7 +102,7 @@ class CrystalAutoencoder(nn.Module):
         return latent
 
     def decode(self, latent: Tensor, shape: Shape | None = None) -> Decoding:
-        """Standardised outputs of latents [B, latent] on grids of a shape; None: the cube of a grid that isn't adaptive."""
+        """Standardised outputs of latents [B, latent_size] on grids of a shape; None: that of a grid that isn't adaptive."""
         if shape is None:
             assert self.grid.shape != "adaptive"
             shape = (self.grid.shape,) * 3

@@ -70,6 +70,23 @@ class Style:
         return ShuffleUp(n_in, n_out, self.periodic)
 
 
+class Residual(nn.Module):
+    """x plus two convolutions of it (He et al. 2016), the second of which starts at zero: [B, width, D, H, W], both ways."""
+
+    def __init__(self, width: int, style: Style) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*style.layer(width, width), style.conv(width, width))
+        last = self.layers[-1]
+        assert isinstance(last, GridConv) and last.bias is not None
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.activation = style.activation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.activation(x + self.layers(x))
+        return out
+
+
 class ShuffleUp(nn.Module):
     """Doubles a grid by pixel shuffle (Shi et al. 2016, in 3-D): [B, n_in, D, H, W] -> [B, n_out, 2D, 2H, 2W]."""
 
@@ -184,7 +201,7 @@ def _blocks(layers: nn.Sequential) -> Iterator[list[nn.Module]]:
     block: list[nn.Module] = []
     for layer in layers:
         block.append(layer)
-        if isinstance(layer, nn.SiLU | nn.LeakyReLU):
+        if isinstance(layer, nn.SiLU | nn.LeakyReLU | Residual):
             yield block
             block = []
     if block:

@@ -21,7 +21,7 @@ from dist_train.models.losses import (
     squared_error,
     weighted_mean,
 )
-from dist_train.models.vae import Decoding
+from dist_train.models.vae import Decoding, shape_numbers
 
 PARTS = ("density", "species", "kl", "lattice", "count", "composition")
 """Names of the loss parts; `LossWeights` has a weight for each. Every objective reports all of them."""
@@ -114,7 +114,7 @@ class Objective(nn.Module):
             "density": weighted_mean(squared_error(decoding.density_BCDHW, density), weight),
             "species": kl_BL.new_zeros(()) if self.kind == "vae" else self._species(decoding, batch, noise),
             "kl": weighted_mean(kl_BL.sum(1), weight),
-            "lattice": weighted_mean(squared_error(decoding.cell_B6, cell), weight),
+            "lattice": weighted_mean(self._cell_error(decoding, cell, batch.shape), weight),
             "count": weighted_mean(squared_error(decoding.log_count_B[:, None], log_count[:, None]), weight),
             "composition": weighted_mean((decoding.composition_BE.float() - composition).square().sum(1), weight),
         }
@@ -130,6 +130,13 @@ class Objective(nn.Module):
         return batch.composition_BZ[:, self.scale.elements].float(), (
             atoms.log() - self.scale.count_mean
         ) / self.scale.count_std
+
+    def _cell_error(self, decoding: Decoding, cell_B6: Tensor, shape: Shape) -> Tensor:
+        """[B] squared error of the cell, and of the shape of an adaptive grid."""
+        error = squared_error(decoding.cell_B6, cell_B6)
+        return (
+            error + squared_error(decoding.shape_B3, shape_numbers(shape, cell_B6)) if self.model.encoder.adaptive else error
+        )
 
     def _species(self, decoding: Decoding, batch: CrystalBatch, noise: Noise) -> Tensor:
         """Mean over each crystal's voxels, then over the crystals that the U-Net sees: all of these count alike."""

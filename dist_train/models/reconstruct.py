@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import numpy as np
 import torch
@@ -13,12 +14,12 @@ from torch import Tensor
 from dist_train.crystal import decode as decoding
 from dist_train.crystal.decode import Decoded
 from dist_train.crystal.decode_box import decode_frame
-from dist_train.crystal.frames import grid_shape
 from dist_train.crystal.lattice import from_lengths_angles
 from dist_train.crystal.structure import Crystal
 from dist_train.crystal.voxelize import Shape, voxelize
 from dist_train.errors import CrystalError
 from dist_train.models.autoencoder import CrystalAutoencoder, Standardiser, cell_numbers, cell_parameters, check_grid
+from dist_train.models.vae import shape_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Codec:
         """[B, latent] posterior means (float32). Raises CrystalError for a crystal that the grid can't hold."""
         grids = [voxelize(self._centred(crystal), self.model.grid).density_CDHW for crystal in crystals]
         cell = torch.from_numpy(cell_numbers(np.stack([crystal.lengths_angles for crystal in crystals])))
-        means = torch.empty(len(crystals), self.model.model.latent, device=self.device)
+        means = torch.empty(len(crystals), self.model.model.latent_size, device=self.device)
         for places in _of_one([grid.shape for grid in grids]):
             density = torch.from_numpy(np.stack([grids[place] for place in places]))
             means[places] = self.latents(density, cell[places])
@@ -70,10 +71,11 @@ class Codec:
         return self.model.encode(density, self.scale.cell(cell_B6.to(self.device))).mean.float()
 
     @torch.inference_mode()
-    def parameters(self, latent_BL: Tensor) -> NDArray[np.float64]:
-        """[B, 6] cell parameters, angstrom and degrees; those of no cell at all are possible."""
-        cell_B6, _ = self.model.decoder.numbers(latent_BL.to(self.device, self.scale.dtype))
-        return cell_parameters(self.scale.physical_cell(cell_B6).cpu().numpy())
+    def shapes(self, latent_BL: Tensor) -> list[Shape | str]:
+        """Of the grid of each latent, or why there is none: cell parameters of no cell at all are possible."""
+        numbers = self.model.decoder.numbers(latent_BL.to(self.device, self.scale.dtype))
+        parameters_B6 = cell_parameters(self.scale.physical_cell(numbers.cell_B6).cpu().numpy())
+        return [self._shape(*both) for both in zip(parameters_B6, numbers.shape_B3.float().cpu().numpy(), strict=True)]
 
     @torch.inference_mode()
     def fields(self, latent_BL: Tensor, shapes: Sequence[Shape]) -> list[Fields]:
@@ -104,9 +106,9 @@ class Codec:
     def decodable(self, latent_BL: Tensor, ids: Sequence[str]) -> list[decoding.Fields | str]:
         """What `decode_frame` makes a crystal of, without the networks; the reason where a latent is of no cell.
 
-        The shape of an adaptive grid follows from the decoded lattice, and crystals of one shape are decoded together.
+        Crystals of one shape are decoded together.
         """
-        shapes = [self._shape(parameters) for parameters in self.parameters(latent_BL)]
+        shapes = self.shapes(latent_BL)
         possible = [place for place, shape in enumerate(shapes) if not isinstance(shape, str)]
         fields = iter(self.fields(latent_BL[possible], [shape for shape in shapes if not isinstance(shape, str)]))
         return [
@@ -119,17 +121,19 @@ class Codec:
         lattice = from_lengths_angles(fields.parameters_6) if cell else np.zeros((3, 3))
         return id, fields.density_CDHW[self.channel_place], fields.species_DHW, fields.probability_DHW, lattice
 
-    def _shape(self, parameters_6: NDArray[np.float64]) -> Shape | str:
-        """Of the grid that a crystal with these cell parameters has, or why there is none."""
+    def _shape(self, parameters_6: NDArray[np.float64], shape_numbers: NDArray[np.floating]) -> Shape | str:
         spec = self.model.grid
         if spec.frame == "cell":
             try:
-                lattice = from_lengths_angles(parameters_6)
-                return grid_shape(lattice, spec) if spec.shape == "adaptive" else (spec.shape,) * 3
+                from_lengths_angles(parameters_6)
             except (ValueError, CrystalError) as error:
                 return str(error)
-        assert spec.shape != "adaptive"
-        return (spec.shape,) * 3
+        if spec.shape != "adaptive":
+            return (spec.shape,) * 3
+        shape = shape_of(shape_numbers)
+        if prod(shape) > spec.max_voxels:
+            return f"{' x '.join(map(str, shape))} voxels are decoded, at most {spec.max_voxels} are allowed"
+        return shape
 
 
 def _of_one(shapes: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:

@@ -1,23 +1,38 @@
-"""The convolutional VAE: density channels and cell -> latent -> density channels, cell, atom count, composition."""
+"""The convolutional VAE: density channels and cell -> latent -> density channels, cell, atom count, composition.
+
+The latent is one vector, or a vector and a coarse periodic grid of a few numbers a voxel, which says where the atoms are in
+the network's own terms: convolutions then do all the work, and what is learnt at one place holds at every other.
+"""
 
 from __future__ import annotations
 
+from functools import cache
+from itertools import product
 from math import prod
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
-from dist_train.config import ModelConfig
+from dist_train.config import ADAPTIVE_MULTIPLE, ModelConfig
 from dist_train.crystal.voxelize import Shape
-from dist_train.models.blocks import Style, fourier_resample, padded, run, run_layers
+from dist_train.models.blocks import Residual, Style, fourier_resample, padded, run, run_layers
 
 N_CELL = 6
 """Cell parameters: the logarithms of a, b, c and the cosines of alpha, beta, gamma, standardised."""
+N_CELL_FEATURES = 64
+N_SHAPE = 3
+"""Numbers that say the shape of an adaptive grid (see `shape_numbers`)."""
+LEAST_LOG_VARIANCE, MOST_LOG_VARIANCE = -12.0, 6.0
+FIRST_LOG_VARIANCE = -6.0
+"""Where a latent with a grid begins: with variance 1, the small numbers of its first steps would drown in noise."""
 
 
 class Latent(NamedTuple):
-    """mean and log_variance: [B, latent] of the approximate posterior."""
+    """mean and log_variance: [B, latent_size] of the approximate posterior."""
 
     mean: Tensor
     log_variance: Tensor
@@ -26,13 +41,24 @@ class Latent(NamedTuple):
 class Decoding(NamedTuple):
     """What a latent vector says of a crystal; everything standardised as the encoder's input is.
 
-    density_BCDHW; cell_B6; log_count_B: logarithm of the number of atoms; composition_BE: atoms of each element.
+    density_BCDHW; composition_BE: atoms of each element; the others as in Numbers.
     """
 
     density_BCDHW: Tensor
+    composition_BE: Tensor
     cell_B6: Tensor
     log_count_B: Tensor
-    composition_BE: Tensor
+    shape_B3: Tensor
+
+
+class Numbers(NamedTuple):
+    """What has to be known of a crystal before its grid: cell_B6, standardised; log_count_B: logarithm of the number of
+    atoms; shape_B3: `shape_numbers` of an adaptive grid, else [B, 0].
+    """
+
+    cell_B6: Tensor
+    log_count_B: Tensor
+    shape_B3: Tensor
 
 
 class Encoder(nn.Module):
@@ -40,61 +66,188 @@ class Encoder(nn.Module):
 
     recompute = False
 
-    def __init__(self, n_channels: int, coarse: int, model: ModelConfig, style: Style) -> None:
+    def __init__(self, n_channels: int, coarse: int, model: ModelConfig, adaptive: bool, style: Style) -> None:
         super().__init__()
-        self.coarse: Shape = (coarse, coarse, coarse)
+        self.adaptive = adaptive
         self.multiple = 1 if style.periodic else 2**model.halvings
         sizes = (n_channels, *model.vae_widths)
         whole = len(model.vae_widths) - model.halvings
         self.down = nn.Sequential(*[
-            nn.Sequential(*style.layer(a, b)) if layer < whole else style.down(a, b)
+            nn.Sequential(*(style.layer(a, b) if layer < whole else style.down(a, b)), *_residual(b, model, style))
             for layer, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False))
         ])  # fmt: skip
-        self.cell = nn.Linear(N_CELL, 64)
-        self.out = _linear(model.vae_widths[-1] * coarse**3 + 64, 2 * model.latent, model.hidden, style)
+        width = model.vae_widths[-1]
+        n_cell = N_CELL + N_SHAPE * adaptive
+        self.head = (
+            GridHead(width, n_cell, model, style) if model.latent_voxels else VectorHead(width, n_cell, coarse, model, style)
+        )
 
     def forward(self, density_BCDHW: Tensor, cell_B6: Tensor) -> Latent:
         grid = padded(density_BCDHW, self.multiple)
         for down in self.down:
             grid = run(self.recompute, down, grid)
-        grid = fourier_resample(grid, self.coarse)
-        features = torch.cat([grid.flatten(1), self.cell(cell_B6)], dim=1)
-        mean, log_variance = self.out(features).chunk(2, dim=1)
-        return Latent(mean, log_variance.clamp(-12.0, 6.0))
+        d, h, w = density_BCDHW.shape[2:]
+        shape = d, h, w
+        numbers = torch.cat([cell_B6, shape_numbers(shape, cell_B6)], dim=1) if self.adaptive else cell_B6
+        mean, log_variance = self.head(grid, numbers, shape)
+        return Latent(mean, log_variance.clamp(LEAST_LOG_VARIANCE, MOST_LOG_VARIANCE))
 
 
 class Decoder(nn.Module):
-    """[B, latent] -> Decoding on grids of a shape. coarse: voxels along each axis of the first grid."""
+    """[B, latent_size] -> Decoding on grids of a shape. coarse: voxels along each axis of the first grid."""
 
     recompute = False
 
-    def __init__(self, n_channels: int, coarse: int, model: ModelConfig, n_elements: int, style: Style) -> None:
+    def __init__(
+        self, n_channels: int, coarse: int, model: ModelConfig, n_elements: int, adaptive: bool, style: Style
+    ) -> None:
         super().__init__()
-        widths, latent = model.vae_widths, model.latent
-        self.coarse = (widths[-1], coarse, coarse, coarse)
+        widths = model.vae_widths
         self.multiple = 2**model.halvings
-        self.expand = _linear(latent, prod(self.coarse), model.hidden, style)
+        self.root: GridRoot | VectorRoot = (
+            GridRoot(widths[-1], model, n_elements, style)
+            if model.latent_voxels
+            else VectorRoot(widths[-1], coarse, model, n_elements, style)
+        )
+        self.heads = nn.Linear(model.latent, N_CELL + 1 + N_SHAPE * adaptive)
+        self.n_vector = model.latent
         whole = len(widths) - model.halvings
         layers: list[nn.Module] = []
         for layer in range(len(widths) - 1, 0, -1):
             n_in, n_out = widths[layer], widths[layer - 1]
             layers += [style.conv(n_in, n_out) if layer < whole else style.up(n_in, n_out), *style.rest(n_out)]
-        self.up = nn.Sequential(style.activation(), *style.layer(widths[-1], widths[-1]), *layers)
+            layers += _residual(n_out, model, style)
+        first = [*style.layer(widths[-1], widths[-1]), *_residual(widths[-1], model, style)]
+        self.up = nn.Sequential(style.activation(), *first, *layers)
         self.out = style.conv(widths[0], n_channels) if whole else style.up(widths[0], n_channels)
-        self.heads = nn.Linear(latent, N_CELL + 1)
-        self.composition = nn.Sequential(nn.Linear(latent, latent), style.activation(), nn.Linear(latent, n_elements))
 
     def forward(self, latent: Tensor, shape: Shape) -> Decoding:
         d, h, w = shape
-        grid = self.expand(latent).reshape(len(latent), *self.coarse)
+        grid, composition = self.root(latent, shape)
         grid = fourier_resample(grid, (-(-d // self.multiple), -(-h // self.multiple), -(-w // self.multiple)))
         density = run(self.recompute, self.out, run_layers(self.recompute, self.up, grid))
-        return Decoding(density[:, :, :d, :h, :w], *self.numbers(latent), self.composition(latent))
+        return Decoding(density[:, :, :d, :h, :w], composition, *self.numbers(latent))
 
-    def numbers(self, latent: Tensor) -> tuple[Tensor, Tensor]:
-        """Standardised cell [B, 6] and logarithm of the number of atoms [B]."""
-        numbers = self.heads(latent)
-        return numbers[:, :N_CELL], numbers[:, N_CELL]
+    def numbers(self, latent: Tensor) -> Numbers:
+        """Of the latent's vector alone: how its grid is to be read follows from them."""
+        numbers = self.heads(latent[:, : self.n_vector])
+        return Numbers(numbers[:, :N_CELL], numbers[:, N_CELL], numbers[:, N_CELL + 1 :])
+
+
+class VectorHead(nn.Module):
+    """[B, n_in, D, H, W] features and [B, n_cell] cell -> mean and log variance of a latent that is one vector."""
+
+    def __init__(self, n_in: int, n_cell: int, coarse: int, model: ModelConfig, style: Style) -> None:
+        super().__init__()
+        self.coarse: Shape = (coarse, coarse, coarse)
+        self.cell = nn.Linear(n_cell, N_CELL_FEATURES)
+        self.out = _linear(n_in * coarse**3 + N_CELL_FEATURES, 2 * model.latent, model.hidden, style)
+
+    def forward(self, grid: Tensor, cell: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+        grid = fourier_resample(grid, self.coarse)
+        mean, log_variance = self.out(torch.cat([grid.flatten(1), self.cell(cell)], dim=1)).chunk(2, dim=1)
+        return mean, log_variance
+
+
+class VectorRoot(nn.Module):
+    """[B, latent] -> the decoder's first grid [B, n_out, coarse, coarse, coarse] and the composition [B, E]."""
+
+    def __init__(self, n_out: int, coarse: int, model: ModelConfig, n_elements: int, style: Style) -> None:
+        super().__init__()
+        self.coarse = (n_out, coarse, coarse, coarse)
+        self.expand = _linear(model.latent, prod(self.coarse), model.hidden, style)
+        self.composition = nn.Sequential(
+            nn.Linear(model.latent, model.latent), style.activation(), nn.Linear(model.latent, n_elements)
+        )
+
+    def forward(self, latent: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+        return self.expand(latent).reshape(len(latent), *self.coarse), self.composition(latent)
+
+
+class GridHead(nn.Module):
+    """[B, n_in, D, H, W] features and [B, n_cell] cell -> mean and log variance of a latent with a grid.
+
+    The latent holds the vector, then the channels of the coarse grid (see `latent_shape`), then zeros of variance 1, which
+    cost nothing, where that grid has fewer than `latent_voxels`.
+    """
+
+    def __init__(self, n_in: int, n_cell: int, model: ModelConfig, style: Style) -> None:
+        super().__init__()
+        assert model.latent_voxels is not None
+        self.voxels = model.latent_voxels
+        self.cell = nn.Linear(n_cell, n_in)
+        self.mix = nn.Sequential(style.activation(), *style.layer(n_in, n_in))
+        self.grid = nn.Conv3d(n_in, 2 * model.latent_channels, 1)
+        last = nn.Linear(n_in, 2 * model.latent)
+        self.vector = nn.Sequential(nn.Linear(n_in + n_cell, n_in), style.activation(), last)
+        for layer in (self.grid, last):
+            assert layer.bias is not None
+            nn.init.constant_(layer.bias.chunk(2)[1], FIRST_LOG_VARIANCE)
+
+    def forward(self, grid: Tensor, cell: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+        grid = fourier_resample(grid, latent_shape(shape, self.voxels))
+        grid = self.mix(grid + _everywhere(self.cell(cell)))
+        vectors = self.vector(torch.cat([grid.mean((2, 3, 4)), cell], dim=1)).chunk(2, dim=1)
+        grids = self.grid(grid).chunk(2, dim=1)
+        missing = grids[0].shape[1] * (self.voxels - prod(grid.shape[2:]))
+        mean, log_variance = (
+            torch.cat([vector, pad(part.flatten(1), (0, missing))], dim=1)
+            for vector, part in zip(vectors, grids, strict=True)
+        )
+        return mean, log_variance
+
+
+class GridRoot(nn.Module):
+    """[B, latent_size] -> the decoder's first grid [B, n_out, *latent_shape] and the composition [B, E]."""
+
+    def __init__(self, n_out: int, model: ModelConfig, n_elements: int, style: Style) -> None:
+        super().__init__()
+        assert model.latent_voxels is not None
+        self.n_vector, self.n_channels, self.voxels = model.latent, model.latent_channels, model.latent_voxels
+        self.grid = nn.Conv3d(model.latent_channels, n_out, 1)
+        self.vector = nn.Linear(model.latent, n_out)
+        self.count = nn.Sequential(style.activation(), *style.layer(n_out, n_out), nn.Conv3d(n_out, n_elements, 1))
+
+    def forward(self, latent: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+        vector, rest = latent[:, : self.n_vector], latent[:, self.n_vector :]
+        coarse = latent_shape(shape, self.voxels)
+        grid = rest[:, : self.n_channels * prod(coarse)].reshape(len(latent), self.n_channels, *coarse)
+        grid = self.grid(grid) + _everywhere(self.vector(vector))
+        # The atoms of a crystal are those of its parts: a sum over voxels, in units that need no large weights.
+        return grid, self.count(grid).sum((2, 3, 4)) / self.voxels
+
+
+@cache
+def latent_shape(shape: Shape, voxels: int) -> Shape:
+    """Of the coarse grid that stands for a grid of a shape: at most so many voxels, which are as near to cubes as may be.
+
+    The longest edge of a coarse voxel is as short as it can be, then the second one, then the third.
+    """
+    possible = [range(1, voxels + 1)] * 3
+    shapes = [(a, b, c) for a, b, c in product(*possible) if a * b * c <= voxels]
+    return min(shapes, key=lambda n: (sorted((size / k for size, k in zip(shape, n, strict=True)), reverse=True), n))
+
+
+def shape_numbers(shape: Shape, like: Tensor) -> Tensor:
+    """[B, 3] logarithms to base 2 of a shape's multiples, for each of the B rows of `like`.
+
+    A latent says the shape itself: computed from a decoded cell, it would be another one where an edge is near a limit.
+    """
+    return torch.tensor(shape, device=like.device).div(ADAPTIVE_MULTIPLE).log2().to(like.dtype).expand(len(like), N_SHAPE)
+
+
+def shape_of(numbers_3: NDArray[np.floating]) -> Shape:
+    """The shape that decoded `shape_numbers` are nearest to."""
+    d, h, w = (ADAPTIVE_MULTIPLE * max(1, round(2.0**number)) for number in numbers_3.clip(-1, 8).tolist())
+    return d, h, w
+
+
+def _everywhere(features_BF: Tensor) -> Tensor:
+    return features_BF[:, :, None, None, None]
+
+
+def _residual(width: int, model: ModelConfig, style: Style) -> list[nn.Module]:
+    return [Residual(width, style) for _ in range(model.vae_depth)]
 
 
 def _linear(n_in: int, n_out: int, hidden: int, style: Style) -> nn.Module:

@@ -116,7 +116,7 @@ def arithmetic(config: RunConfig, engine: Engine, train: ShardReader) -> tuple[f
 
 def _parts(config: RunConfig, engine: Engine, step: int, batch: CrystalBatch) -> Iterator[Part]:
     """This rank's slice of a step's global batch in parts of the size of a forward pass, each with its noise."""
-    share, micro, latent = batch.size, check_batch(config, engine.ranks), config.model.latent
+    share, micro, latent = batch.size, check_batch(config, engine.ranks), config.model.latent_size
     for start in range(0, share, micro):
         positions = range(engine.rank * share + start, engine.rank * share + start + micro)
         noise = step_noise(config.seed, step, positions, engine.objective.share, latent, batch.shape, engine.device)
@@ -181,7 +181,7 @@ def _losses(
 ) -> dict[str, float]:
     """Loss and parts of validation crystals at the posterior mean, in the number format of training."""
     share = 1.0 if objective.share else 0.0
-    noise = step_noise(config.seed, 0, places, share, config.model.latent, batch.shape, engine.device)
+    noise = step_noise(config.seed, 0, places, share, config.model.latent_size, batch.shape, engine.device)
     with torch.autocast(engine.device.type, engine.dtype, enabled=engine.dtype != torch.float32):
         loss, parts = objective(batch, replace(noise, latent_BL=torch.zeros_like(noise.latent_BL)))
     return {"loss": float(loss), **{name: float(value) for name, value in parts.items()}}

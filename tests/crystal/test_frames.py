@@ -53,7 +53,7 @@ def test_adaptive_shape_is_the_smallest_that_keeps_the_spacing(edges: tuple[floa
     for edge, voxels in zip(edges, shape, strict=True):
         assert voxels % 8 == 0
         assert edge / voxels <= spacing * (1 + 1e-12)
-        assert voxels == 16 or edge / (voxels - 8) > spacing * (1 - 1e-12)
+        assert voxels == 8 or edge / (voxels - 8) > spacing * (1 - 1e-12)
 
 
 def test_adaptive_shape_follows_edges_not_the_box() -> None:

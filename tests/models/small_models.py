@@ -21,6 +21,7 @@ PAPER = ModelConfig(
     latent=6, vae_widths=(4, 4, 8), vae_halvings=2, hidden=10, unet_width=4, unet_levels=3, blocks="paper", norm_groups=2,
     gate=False,
 )  # fmt: skip
+SPATIAL = ModelConfig(latent=6, latent_voxels=64, latent_channels=3, vae_widths=(4, 8), vae_depth=1, unet_width=4)
 ELEMENTS = (8, 22, 56)
 
 

@@ -6,12 +6,14 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from small_models import ADAPTIVE, CUBE, ELEMENTS, LIGHT, PAPER, WINDOW, make_model
+from small_models import ADAPTIVE, CUBE, ELEMENTS, LIGHT, PAPER, SPATIAL, WINDOW, make_model
 
 from dist_train.config import GridSpec, ModelConfig
 from dist_train.crystal.lattice import from_lengths_angles, lengths_angles
+from dist_train.crystal.voxelize import Shape
 from dist_train.errors import ModelError
 from dist_train.files import sha256
 from dist_train.models.autoencoder import (
@@ -23,9 +25,21 @@ from dist_train.models.autoencoder import (
 )
 from dist_train.models.blocks import Style
 from dist_train.models.export import read_bundle, start_from, write_bundle
+from dist_train.models.losses import gaussian_kl
 from dist_train.models.unet import AttentionUNet
+from dist_train.models.vae import latent_shape, shape_numbers, shape_of
 
 STYLES = [Style(), Style(paper=True, groups=2)]
+
+
+def randomised(model: CrystalAutoencoder) -> CrystalAutoencoder:
+    """The model with random weights where it begins with zeros."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
 
 
 def test_shapes_from_grid_to_latent_and_back() -> None:
@@ -61,12 +75,12 @@ def test_the_unet_of_a_box_has_an_outside() -> None:
     assert change[-1] == 0
 
 
-@pytest.mark.parametrize("model", [LIGHT, PAPER], ids=["light", "paper"])
+@pytest.mark.parametrize("model", [LIGHT, PAPER, SPATIAL], ids=["light", "paper", "spatial"])
 def test_one_model_takes_cells_of_all_shapes_and_gives_the_shape_asked_for(model: ModelConfig) -> None:
     network = make_model(ADAPTIVE, model)
-    for shape in ((16, 16, 16), (16, 24, 40)):
+    for shape in ((8, 16, 16), (16, 24, 40)):
         latent = network.encode(torch.randn(2, 8, *shape), torch.randn(2, 6)).mean
-        assert latent.shape == (2, 6)
+        assert latent.shape == (2, model.latent_size)
         decoding = network.decode(latent, shape)
         assert decoding.density_BCDHW.shape == (2, 8, *shape)
         assert network.segment(decoding).shape == (2, 4, *shape)
@@ -83,23 +97,67 @@ def test_boxes_of_sizes_that_can_not_be_halved_keep_them(model: ModelConfig) -> 
 def test_the_coarse_grid_decides_how_large_the_linear_layers_are() -> None:
     model = LIGHT.model_copy(update={"coarse": 2})
     network = make_model(CUBE, model)
-    assert network.encoder.out.in_features == 8 * 2**3 + 64
+    assert network.encoder.head.out.in_features == 8 * 2**3 + 64
     assert network.decode(torch.randn(1, 6)).density_BCDHW.shape == (1, 8, 12, 12, 12)
+
+
+@pytest.mark.parametrize("shift", [(4, 0, 0), (0, 8, 4)])
+def test_a_spatial_latent_moves_with_the_crystal(shift: Shape) -> None:
+    network = make_model(ADAPTIVE, SPATIAL).eval()
+    latent = randomised(network).encode(x := torch.randn(2, 8, 16, 16, 16), cell := torch.randn(2, 6)).mean
+    moved = network.encode(x.roll(shift, (2, 3, 4)), cell).mean
+    torch.testing.assert_close(moved[:, :6], latent[:, :6])
+    coarse = latent[:, 6:].reshape(2, 3, 4, 4, 4)
+    assert coarse.std((2, 3, 4)).min() > 1e-3
+    torch.testing.assert_close(moved[:, 6:].reshape(2, 3, 4, 4, 4), coarse.roll([s // 4 for s in shift], (2, 3, 4)))
+    was, is_ = network.decode(latent, (16, 16, 16)), network.decode(moved, (16, 16, 16))
+    torch.testing.assert_close(is_.density_BCDHW, was.density_BCDHW.roll(shift, (2, 3, 4)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(is_.composition_BE, was.composition_BE)
+
+
+@pytest.mark.parametrize(
+    ("shape", "coarse"),
+    [((16, 16, 16), (4, 4, 4)), ((8, 8, 8), (4, 4, 4)), ((8, 8, 32), (2, 2, 10)), ((16, 16, 24), (3, 3, 5)),
+     ((8, 8, 256), (1, 1, 40)), ((8, 16, 24), (2, 4, 6))],
+)  # fmt: skip
+def test_the_coarse_grid_has_voxels_that_are_near_to_cubes(shape: Shape, coarse: Shape) -> None:
+    assert latent_shape(shape, 64)[:2] == coarse[:2] or latent_shape(shape, 64) == coarse
+    assert math.prod(latent_shape(shape, 64)) <= 64
+
+
+def test_what_a_small_coarse_grid_leaves_of_the_latent_is_free_and_unread() -> None:
+    network = randomised(make_model(ADAPTIVE, SPATIAL))
+    posterior = network.encode(torch.randn(2, 8, 8, 16, 24), torch.randn(2, 6))
+    used = 6 + 3 * math.prod(latent_shape((8, 16, 24), 64))
+    assert used < posterior.mean.shape[1]
+    kl = gaussian_kl(posterior)
+    assert kl[:, :used].min() > 0
+    assert (kl[:, used:] == 0).all()
+    latent = torch.randn(2, SPATIAL.latent_size)
+    other = torch.cat([latent[:, :used], torch.randn(2, SPATIAL.latent_size - used)], 1)
+    for a, b in zip(network.decode(latent, (8, 16, 24)), network.decode(other, (8, 16, 24)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_shape_of_an_adaptive_grid_comes_back_from_its_numbers() -> None:
+    for shape in ((8, 8, 8), (16, 24, 40), (8, 96, 104)):
+        assert shape_of(shape_numbers(shape, torch.zeros(1, 6))[0].numpy()) == shape
+    assert shape_of(np.array([-9.0, 0.3, 99.0])) == (8, 8, 2048)
 
 
 def test_names_and_order_of_parameters_stay_for_bundles_that_are_out_there() -> None:
     model = make_model()
     layers = dict.fromkeys(name.rpartition(".")[0] for name in model.state_dict() if "." in name)
     assert list(layers) == [
-        "encoder.down.0.0", "encoder.down.1.0", "encoder.cell", "encoder.out",
-        "decoder.expand", "decoder.up.1", "decoder.up.3.conv", "decoder.out.conv", "decoder.heads",
-        "decoder.composition.0", "decoder.composition.2",
+        "encoder.down.0.0", "encoder.down.1.0", "encoder.head.cell", "encoder.head.out",
+        "decoder.root.expand", "decoder.root.composition.0", "decoder.root.composition.2",
+        "decoder.heads", "decoder.up.1", "decoder.up.3.conv", "decoder.out.conv",
         "unet.first.0", "unet.first.2", "unet.down.0.0.0", "unet.down.0.1", "unet.up.0.conv",
         "unet.gate.0.skip", "unet.gate.0.gate", "unet.gate.0.weight", "unet.merge.0.0", "unet.classifier",
     ]  # fmt: skip
     assert model.decoder.up[1].weight.shape == (8, 8, 3, 3, 3)
     assert model.encoder.down[0][0].weight.shape == (4, 8, 4, 4, 4)
-    assert model.encoder.out.in_features == 8 * 3**3 + 64
+    assert model.encoder.head.out.in_features == 8 * 3**3 + 64
 
 
 def test_gate_passes_present_elements_and_bars_absent_ones() -> None:

@@ -19,7 +19,7 @@ from dist_train.crystal.voxelize import Shape, voxelize
 from dist_train.generate import reconstruct
 from dist_train.models.autoencoder import cell_numbers
 from dist_train.models.reconstruct import Codec
-from dist_train.models.vae import Decoding
+from dist_train.models.vae import Decoding, Numbers, shape_numbers
 
 UNIT = GridSpec.model_validate({"preset": "paper-unit", "random_rotation": False})
 COARSE_CUBE = CUBE.model_copy(update={"max_spacing_A": 0.7})
@@ -40,14 +40,16 @@ def oracle(monkeypatch: pytest.MonkeyPatch, grid: GridSpec, crystals: Sequence[C
     grids = [voxelize(crystal, grid) for crystal in crystals]
     cells = torch.from_numpy(cell_numbers(np.stack([crystal.lengths_angles for crystal in crystals])))
 
-    def numbers(latent: Tensor) -> tuple[Tensor, Tensor]:
-        return codec.scale.cell(cells[latent[:, 0].long()]), latent[:, 0]
+    def numbers(latent: Tensor) -> Numbers:
+        place = latent[:, 0].long()
+        shape = torch.cat([shape_numbers(grids[k].species_DHW.shape, cells[:1]) for k in place])
+        return Numbers(codec.scale.cell(cells[place]), latent[:, 0], shape)
 
     def decode(latent: Tensor, shape: Shape) -> Decoding:
         chosen = [grids[place].density_CDHW for place in latent[:, 0].long()]
         assert all(density.shape[1:] == shape for density in chosen)
         density = codec.scale.density(torch.from_numpy(np.stack(chosen)))
-        return Decoding(density, *numbers(latent), torch.zeros(len(latent), 3))
+        return Decoding(density, torch.zeros(len(latent), 3), *numbers(latent))
 
     def segment(decoding: Decoding) -> Tensor:
         species = torch.from_numpy(np.stack([grids[place].species_DHW for place in decoding.log_count_B.long()]))
@@ -84,16 +86,22 @@ def test_cells_of_mixed_shapes_come_back_in_order(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("edges", "reason"),
-    [((4.0, 4.0, 90.0), "voxels are needed, at most"), ((4.0, np.inf, 4.0), "no cell has the parameters")],
+    ("cell", "shape", "reason"),
+    [(0.0, 6.0, "voxels are decoded, at most"), (np.inf, 1.0, "no cell has the parameters")],
 )
 def test_a_latent_of_no_cell_has_a_reason_and_disturbs_no_other(
-    monkeypatch: pytest.MonkeyPatch, edges: tuple[float, ...], reason: str
+    monkeypatch: pytest.MonkeyPatch, cell: float, shape: float, reason: str
 ) -> None:
     codec = oracle(monkeypatch, ADAPTIVE, CRYSTALS)
-    parameters = codec.parameters(latents(4))
-    parameters[1] = [*edges, 90.0, 90.0, 90.0]
-    monkeypatch.setattr(codec, "parameters", lambda latent: parameters)
+    numbers = codec.model.decoder.numbers
+
+    def spoilt(latent: Tensor) -> Numbers:
+        found = numbers(latent)
+        found.cell_B6[latent[:, 0] == 1] += cell
+        found.shape_B3[latent[:, 0] == 1] = shape
+        return found
+
+    monkeypatch.setattr(codec.model.decoder, "numbers", spoilt)
     found = codec.crystals(latents(4), ["a", "b", "c", "d"])
     assert found[1].crystal is None
     assert reason in found[1].reason
@@ -103,7 +111,8 @@ def test_a_latent_of_no_cell_has_a_reason_and_disturbs_no_other(
 def test_a_window_gives_the_crystal_whatever_the_decoded_cell(monkeypatch: pytest.MonkeyPatch) -> None:
     true = perovskite(4.0, 4.0, 4.2)
     codec = oracle(monkeypatch, WINDOW, [placed(true, WINDOW)])
-    monkeypatch.setattr(codec, "parameters", lambda latent: np.full((1, 6), np.nan))
+    nothing = Numbers(torch.full((1, 6), torch.nan), torch.zeros(1), torch.zeros(1, 0))
+    monkeypatch.setattr(codec.model.decoder, "numbers", lambda latent: nothing)
     (found,) = codec.crystals(latents(1), ["w"])
     assert found.crystal is not None, found.reason
     assert compare(true, found.crystal).match
