@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 from pydantic import Field, ValidationError
 from torch import Tensor
@@ -118,7 +119,7 @@ def _vector(text: str, row: int, size: int) -> Tensor:
     """A latent from JSON."""
     try:
         latent = torch.tensor(json.loads(text), dtype=torch.float32)
-    except (ValueError, TypeError, RuntimeError, OverflowError, RecursionError):
+    except (ValueError, TypeError, RuntimeError, OverflowError):
         raise CrystalError(f"row {row}: latent is no JSON list of numbers") from None
     if latent.shape != (size,) or not latent.isfinite().all():
         raise CrystalError(f"row {row}: latent has the shape {list(latent.shape)}, the model takes {size} finite numbers")
@@ -152,7 +153,8 @@ def _near(codec: Codec, row: Tensor | str, asked: Params) -> list[Tensor | str]:
 def _columns(codec: Codec, rows: Sequence[Tensor | str], decoded: bool) -> dict[str, list[object]]:
     there = [row.cpu() for row in rows if isinstance(row, Tensor)]
     ids = [f"row-{place}" for place, row in enumerate(rows) if isinstance(row, Tensor)]
-    found = decode(codec, torch.stack(there), ids) if there and decoded else iter(())
+    with np.errstate(over="ignore", invalid="ignore"):  # a latent may be far from all crystals: no cell, and a reason
+        found = iter(list(decode(codec, torch.stack(there), ids)) if there and decoded else [])
     columns: dict[str, list[object]] = {name: [] for name in COLUMNS}
     for row in rows:
         cif, latent, confidence, error = "", "", 0.0, ""
