@@ -56,6 +56,8 @@ def answer(codec: Codec, table: Mapping[str, Sequence[object]], params: dict[str
     """
     asked = checked(params)
     sources = TASKS[asked.task]
+    if sources and not set(sources) & table.keys():
+        raise ModelError(f"{asked.task} takes a table with the column {' or '.join(sources)}, this one has {[*table]}")
     rows = [] if asked.task == "sample" else _latents(codec, table, sources)
     wanted = {"sample": asked.n, "interpolate": (len(rows) - 1) * asked.steps, "alter": len(rows) * asked.n}
     if (number := wanted.get(asked.task, len(rows))) > MAX_ROWS:
@@ -92,7 +94,8 @@ def _latents(codec: Codec, table: Mapping[str, Sequence[object]], sources: tuple
     """The latent of each row, or why it has none."""
     rows: list[Tensor | str] = []
     crystals: dict[int, Crystal] = {}
-    for row, cells in enumerate(zip(*(table.get(name, [None] * _length(table)) for name in sources), strict=True)):
+    length = max(map(len, table.values()))
+    for row, cells in enumerate(zip(*(table.get(name, [None] * length) for name in sources), strict=True)):
         text, source = next(
             ((cell, name) for cell, name in zip(cells, sources, strict=True) if isinstance(cell, str) and cell.strip()),
             ("", ""),
@@ -109,10 +112,6 @@ def _latents(codec: Codec, table: Mapping[str, Sequence[object]], sources: tuple
     for row, latent in zip(crystals, _encoded(codec, list(crystals.values())), strict=True):
         rows[row] = latent
     return rows
-
-
-def _length(table: Mapping[str, Sequence[object]]) -> int:
-    return max(map(len, table.values()), default=0)
 
 
 def _vector(text: str, row: int, size: int) -> Tensor:

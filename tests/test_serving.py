@@ -126,6 +126,16 @@ def test_altered_crystals_lie_at_the_radius(codec: Codec, cifs: list[str]) -> No
     torch.testing.assert_close(unmoved, centre)
 
 
+def test_a_table_without_the_column_is_refused(codec: Codec) -> None:
+    for task, table, told in (
+        ("reconstruct", {}, "cif"),
+        ("decode", {"cif": ["x"]}, "latent"),
+        ("alter", {}, "latent or cif"),
+    ):
+        with pytest.raises(ModelError, match=f"{task} takes a table with the column {told}, this one has"):
+            answer(codec, table, {"task": task})
+
+
 @pytest.mark.parametrize(
     ("params", "told"),
     [

@@ -19,7 +19,7 @@ from dist_train.serving import COLUMNS, Params
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 SUMS_TAG, REASON_TAG = "bundle_sha256", "champion_reason"
 MODEL_CODE = Path(__file__).with_name("mlflow_model.py")
-REQUIREMENTS = ("torch", "numpy", "scipy", "numba", "spglib", "gemmi", "pydantic", "pyyaml", "safetensors", "pandas")
+REQUIREMENTS = ("torch", "numpy", "scipy", "numba", "spglib", "gemmi", "pydantic", "pyyaml", "safetensors", "tqdm", "pandas")
 """What a served model needs beside mlflow; the package's own code travels with it."""
 
 

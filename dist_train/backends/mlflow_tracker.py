@@ -28,13 +28,15 @@ log = logging.getLogger(__name__)
 
 
 def connect(uri: str) -> MlflowClient:
-    """A client that gives up within seconds rather than minutes; no telemetry, no pickles.
+    """A client that gives up within seconds rather than minutes and prints nothing; no telemetry, no pickles.
 
     Name and password of a server come from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD or ~/.mlflow/credentials.
     """
     for name, value in (
         ("MLFLOW_DISABLE_TELEMETRY", "true"),
         ("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false"),
+        ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"),
+        ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
         ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1"),
         ("MLFLOW_HTTP_REQUEST_TIMEOUT", "20"),
     ):

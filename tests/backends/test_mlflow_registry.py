@@ -230,14 +230,15 @@ def serving(command: list[str], url: str, **environment: str) -> Iterator[None]:
             return bool(answer.status == 200)
         return False
 
-    with started([sys.executable, "-m", "mlflow", *command], MLFLOW_DISABLE_TELEMETRY="true", **environment) as process:
+    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}  # nobody reads its pipes
+    with started([sys.executable, "-m", "mlflow", *command], **quiet, **environment) as process:
         wait_until(answers, process)
         yield
 
 
 def server_command(folder: Path, port: int, *more: str) -> list[str]:
-    where = ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "store")]
-    return ["server", *where, "--host", "127.0.0.1", "--port", str(port), "--workers", "1", *more]
+    where = f"--backend-store-uri sqlite:///{folder}/server.db --artifacts-destination {folder}/store"
+    return [*f"server {where} --host 127.0.0.1 --port {port} --workers 1 --uvicorn-opts=--log-level=warning".split(), *more]
 
 
 def predict(port: int, content: dict[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -273,8 +274,8 @@ def check_served(port: int, cif: str) -> None:
         assert status == 200, found
         return list(found["predictions"])
 
-    reconstructed = rows({"cif": [cif, "nonsense", cif]})
-    assert [bool(row["latent"]) for row in reconstructed] == [True, False, True]
+    reconstructed = rows({"cif": [cif, "nonsense", cif, 5, None]})
+    assert [bool(row["latent"]) for row in reconstructed] == [True, False, True, False, False]
     assert "row 1" in reconstructed[1]["error"]
     encoded = rows({"cif": [cif]}, task="encode")
     assert json.loads(encoded[0]["latent"]) == pytest.approx(json.loads(reconstructed[0]["latent"]), abs=1e-5)
