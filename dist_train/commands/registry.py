@@ -48,7 +48,7 @@ def register(run_dir: Path, alias: str | None = None, reason: str | None = None)
     if (alias == CHAMPION) != (reason is not None):
         raise ConfigError("--alias champion and --reason go together: say why the champion moves by hand")
     with tempfile.TemporaryDirectory() as folder:
-        upload = _upload(config, Path(folder))
+        upload = _upload(config, run_dir, Path(folder))
         registry = Registry(config.tracking.uri, config.tracking.model_name)
         told = [_add(registry, config, upload, run_id.read_text())]
     name = registry.name
@@ -62,11 +62,11 @@ def register(run_dir: Path, alias: str | None = None, reason: str | None = None)
     return "\n".join(told)
 
 
-def _upload(config: RunConfig, folder: Path) -> Upload:
-    """What a version of this run is made of."""
+def _upload(config: RunConfig, run_dir: Path, folder: Path) -> Upload:
+    """What a version of a run is made of; run_dir may have been moved since; folder: for the card."""
     from dist_train.backends.mlflow_registry import SUMS_TAG, Upload
 
-    bundle, figures = config.run_dir / "bundle", config.run_dir / "figures"
+    bundle, figures = run_dir / "bundle", run_dir / "figures"
     about = (described := read_bundle(bundle)[1])["about"]
     card = model_card(config.tracking.model_name, described)
     write_text(folder / "model_card.md", card)
