@@ -297,16 +297,58 @@ def _launch(options: argparse.Namespace) -> str:
 
 
 def _add_register(verbs: Verbs) -> None:
-    parser = _verb(verbs, "register", "register the model of a finished run in MLflow")
+    parser = _verb(
+        verbs, "register", "register the model of a finished run in MLflow",
+        "Training does it at its end, where tracking.uri is set; this is for a run whose server was away. The new version "
+        "has the alias candidate, and champion where tracking.gate says so.",
+    )  # fmt: skip
     parser.add_argument("run_dir", type=Path, help="folder of the run")
-    parser.add_argument("--alias", help="alias to point at the new version, such as champion")
+    parser.add_argument("--alias", help="alias to point at the version by hand; 'champion' wants a reason")
+    parser.add_argument("--reason", help="why it becomes champion; kept with the version")
     parser.set_defaults(run=_register)
+    _add_registry(verbs)
 
 
 def _register(options: argparse.Namespace) -> str:
-    from dist_train.commands.training import register
+    from dist_train.commands.registry import register
 
-    return register(options.run_dir, options.alias)
+    return register(options.run_dir, options.alias, options.reason)
+
+
+def _add_registry(verbs: Verbs) -> None:
+    parser = _verb(
+        verbs, "registry", "list the versions of a model, promote one to champion, or go back",
+        "A server's name and password come from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD or from "
+        "~/.mlflow/credentials, never from a command line.",
+    )  # fmt: skip
+    actions = parser.add_subparsers(metavar="ACTION", required=True, dest="action")
+    for action, told in (
+        ("list", "all versions with their aliases and metrics"),
+        ("promote", "make a version the champion; the old one stays as previous"),
+        ("rollback", "make the previous champion the champion again"),
+    ):
+        verb = _verb(actions, action, told)
+        if action == "promote":
+            verb.add_argument("version", nargs="?", default="candidate", help="number or alias")
+        if action != "list":
+            verb.add_argument("--reason", required=True, help="why; kept with the version")
+        verb.add_argument("--name", default="crystal-autoencoder", help="registered model")
+        verb.add_argument("--tracking-uri", default=os.environ.get("MLFLOW_TRACKING_URI"), help="MLflow server")
+    parser.set_defaults(run=_registry)
+
+
+def _registry(options: argparse.Namespace) -> str:
+    from dist_train.commands.registry import list_versions, promote, rollback
+    from dist_train.errors import ConfigError
+
+    if not options.tracking_uri:
+        raise ConfigError("which registry? Give --tracking-uri or set MLFLOW_TRACKING_URI")
+    where = (options.tracking_uri, options.name)
+    if options.action == "list":
+        return list_versions(*where)
+    return (
+        promote(*where, options.version, options.reason) if options.action == "promote" else rollback(*where, options.reason)
+    )
 
 
 def _add_evaluate(verbs: Verbs) -> None:

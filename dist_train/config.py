@@ -139,6 +139,17 @@ GRID_PRESETS: dict[str, dict[str, Any]] = {
 """Named starting points of a GridSpec; the paper's grids have 30 points over 0 to 10 A, end points included."""
 
 
+NO_PASSWORD = (
+    "holds a password, which would be seen in process lists and kept with the model: set MLFLOW_TRACKING_USERNAME and "
+    "MLFLOW_TRACKING_PASSWORD or write ~/.mlflow/credentials (PGPASSWORD or ~/.pgpass for PostgreSQL)"
+)
+
+
+def has_password(uri: str) -> bool:
+    """Whether a URI names a password, as in http://user:password@host."""
+    return re.match(r"[\w+]+://[^/]*:[^/]*@", uri) is not None
+
+
 Place = Annotated[
     Path | str, BeforeValidator(lambda given: given if isinstance(given, str) and "://" in given else Path(given))
 ]
@@ -408,6 +419,20 @@ class EngineConfig(Section):
     """What only DeepSpeed has (ZeRO stage, buckets, offload); batch, clipping and precision belong to `train`."""
 
 
+class GateConfig(Section):
+    """When a new model becomes the registry's champion by itself: validated on the same data, it is better than that.
+
+    Without a champion there is nothing to compare with, and the first model with the metric becomes it.
+    """
+
+    metric: str | None = None
+    """Metric of the last validation to compare, such as val/composition_exact; null: the champion moves by hand alone."""
+    better: Literal["higher", "lower"] = "higher"
+    """Which of two values of the metric is the better one."""
+    margin: NonNegative = 0.0
+    """It has to be better by more than this."""
+
+
 class TrackingConfig(Section):
     """Where metrics, pictures and models go besides the run folder."""
 
@@ -418,10 +443,13 @@ class TrackingConfig(Section):
     artifact_location: str | None = None
     """Artifact root of a new experiment; null leaves it to the server."""
     model_name: str = "crystal-autoencoder"
-    """Name of the registered model."""
+    """Name of the registered model; every finished run adds a version, with the alias 'candidate'."""
+    gate: GateConfig = GateConfig()
 
     @model_validator(mode="after")
     def _known_scheme(self) -> Self:
+        if self.uri is not None and has_password(self.uri):
+            raise ValueError(f"uri {NO_PASSWORD}")
         if self.uri is not None and not re.match(r"https?://|(sqlite|postgresql|mysql|mssql)(\+\w+)?://", self.uri):
             raise ValueError(f"uri {self.uri!r} is no MLflow server: http(s)://... or a database such as sqlite:///FILE")
         return self

@@ -115,7 +115,10 @@ def _stages(demo: Demo, config: RunConfig) -> None:
         [*launcher, "--set", f"train.stop_after_step={max(halfway, 1)}"], f"{out}/train/checkpoints",
     )  # fmt: skip
     demo.run("the same command goes on from the checkpoint to the end", launcher, f"{out}/train")
-    demo.run("MLflow registers the model", [*cli, "register", f"{out}/train", "--alias", "champion"], f"{out}/mlflow.db")
+    demo.run(
+        "MLflow registered the model, which becomes champion",
+        [*cli, "register", f"{out}/train", "--alias", "champion", "--reason", "first of this registry"], f"{out}/mlflow.db",
+    )  # fmt: skip
     evaluate = [*cli, "evaluate", "--model", "models:/crystal-autoencoder@champion", "--tracking-uri", demo.uri]
     demo.run(
         "a fresh process pulls the champion and reconstructs held-out perovskites, samples, interpolates",

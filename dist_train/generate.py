@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -10,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_train.crystal.cif import parse_cif, write_cif
 from dist_train.crystal.decode import Decoded
 from dist_train.crystal.decode_box import decode_frame
 from dist_train.crystal.frames import representable
@@ -59,6 +57,17 @@ def interpolate_latents(start_L: Tensor, stop_L: Tensor, steps: int) -> Tensor:
     return start_L + weights * (stop_L - start_L)
 
 
+def altered_latents(codec: Codec, latent_L: Tensor, n: int, radius: float, seed: int) -> Tensor:
+    """[n, latent] around one latent, in random directions; same seed, same directions.
+
+    radius: how far away all of them are, in standard deviations of the training crystals' latents (Mahalanobis distance).
+    """
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    noise = torch.randn(n, codec.model.model.latent, generator=generator)
+    steps: Tensor = radius * noise / noise.norm(dim=1, keepdim=True)
+    return latent_L.cpu() + steps @ codec.model.prior_cholesky.cpu().float().T
+
+
 def reconstruct(codec: Codec, crystals: Sequence[Crystal]) -> list[Decoded]:
     """Each crystal through encoder and decoder; one that the grid can't hold gives an empty result with the reason."""
     results: list[Decoded | None] = []
@@ -71,26 +80,3 @@ def reconstruct(codec: Codec, crystals: Sequence[Crystal]) -> list[Decoded]:
             results.append(Decoded(None, np.zeros(0), str(error)))
     decoded = decode(codec, encode(codec, held), [crystal.id for crystal in held])
     return [result or next(decoded) for result in results]
-
-
-def reconstruct_cifs(codec: Codec, texts: Sequence[str]) -> dict[str, list[object]]:
-    """CIF texts through the model, as columns: reconstructed cif, latent (JSON list), confidence, error.
-
-    A bad row has an error and empty cells; the others are not affected.
-    """
-    columns: dict[str, list[object]] = {"cif": [], "latent": [], "confidence": [], "error": []}
-    for row, text in enumerate(texts):
-        latent, found, reason = "", None, ""
-        try:
-            crystal = representable(parse_cif(text, f"row-{row}", codec.model.grid.max_atoms), codec.model.grid)
-            means = codec.encode([crystal])
-            (found,) = codec.crystals(means, [crystal.id])
-            latent, reason = json.dumps(means[0].tolist()), found.reason
-        except CrystalError as error:
-            reason = str(error)
-        decoded = found.crystal if found else None
-        columns["cif"].append(write_cif(decoded) if decoded else "")
-        columns["latent"].append(latent)
-        columns["confidence"].append(float(found.confidence_N.mean()) if found and decoded else 0.0)
-        columns["error"].append(reason)
-    return columns

@@ -22,6 +22,8 @@ LAYERS = (
     (
         "training",
         "generate",
+        "serving",
+        "model_card",
         "evaluate",
         "generation_metrics",
         "report",
@@ -44,7 +46,7 @@ LAYERS = (
 ENGINES = {
     "ray": "backends/ray_voxelize.py backends/ray_data.py",
     "deepspeed": "backends/deepspeed_engine.py",
-    "mlflow": "backends/mlflow_tracker.py",
+    "mlflow": "backends/mlflow_tracker.py backends/mlflow_registry.py backends/mlflow_model.py",
     "pymatgen": "crystal/interop.py",
     "smact": "crystal/validity.py",
     "matminer": "crystal/fingerprints.py",

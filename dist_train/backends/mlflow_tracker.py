@@ -1,4 +1,4 @@
-"""MLflow: the uploader of a run's metrics, and the model registry. The only file that imports mlflow.
+"""MLflow: the connection, and the uploader of a run's metrics. The registry of models is in `mlflow_registry`.
 
 Training never waits for the tracking server: it writes to the spool, and a thread brings the spool's records to the
 server, from the first one on. The server keeps a (key, time, step, value) once, so sending again is harmless.
@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-import tempfile
 import threading
-import warnings
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_train.config import RunConfig, TrackingConfig
-from dist_train.errors import ModelError
 from dist_train.training.tracker import read_on
 
 if TYPE_CHECKING:
@@ -27,18 +23,20 @@ if TYPE_CHECKING:
 UPLOAD_SECONDS = 2.0
 RECORDS_PER_BATCH = 50
 SYSTEM_SECONDS = 5.0
-MODEL_CODE = Path(__file__).with_name("mlflow_model.py")
-REQUIREMENTS = ("torch", "numpy", "scipy", "numba", "spglib", "pymatgen", "pydantic", "pyyaml", "safetensors", "pandas")
-"""What a served model needs; the package's own code travels with it."""
 
 log = logging.getLogger(__name__)
 
 
-def _client(uri: str) -> MlflowClient:
-    """A client that gives up within seconds rather than minutes; no telemetry, no pickles."""
+def connect(uri: str) -> MlflowClient:
+    """A client that gives up within seconds rather than minutes and prints nothing; no telemetry, no pickles.
+
+    Name and password of a server come from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD or ~/.mlflow/credentials.
+    """
     for name, value in (
         ("MLFLOW_DISABLE_TELEMETRY", "true"),
         ("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false"),
+        ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"),
+        ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
         ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1"),
         ("MLFLOW_HTTP_REQUEST_TIMEOUT", "20"),
     ):
@@ -101,7 +99,7 @@ class MlflowUploader:
     def _upload(self) -> MlflowClient:
         from mlflow.entities import Metric
 
-        client = _client(self._uri)
+        client = connect(self._uri)
         if self.run_id is None:
             self.run_id = self._open_run(client)
         records = read_on(self.spool, self._sent)
@@ -174,106 +172,10 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def register(tracking: TrackingConfig, bundle: Path, run_id: str, alias: str | None, example_cif: str) -> str:
-    """Log a bundle as a model of a run, register it as a new version and point the alias at it; returns the version."""
-    assert tracking.uri is not None
-    client = _client(tracking.uri)
-    import mlflow
-    import pandas as pd
-    from mlflow.models import infer_signature
-
-    from dist_train import __file__ as package
-
-    columns = pd.DataFrame({"cif": [example_cif]})
-    output = pd.DataFrame({"cif": [example_cif], "latent": ["[0.0]"], "confidence": [1.0], "error": [""]})
-    with tempfile.TemporaryDirectory() as folder:
-        code = Path(folder) / "dist_train"
-        shutil.copytree(Path(package).parent, code, ignore=shutil.ignore_patterns("__pycache__"))
-        with mlflow.start_run(run_id=run_id, log_system_metrics=False):
-            info = mlflow.pyfunc.log_model(
-                name="model", python_model=str(MODEL_CODE), artifacts={"bundle": str(bundle)}, code_paths=[str(code)],
-                pip_requirements=_pinned(REQUIREMENTS), signature=infer_signature(columns, output), input_example=columns,
-                registered_model_name=tracking.model_name,
-            )  # fmt: skip
-    version = str(info.registered_model_version)
-    if alias:
-        client.set_registered_model_alias(tracking.model_name, alias, version)
-    return version
-
-
-def _pinned(names: Iterable[str]) -> list[str]:
-    from importlib.metadata import version
-
-    return [f"{name}=={version(name).split('+')[0]}" for name in names]
-
-
-def pull(uri: str, model: str, folder: Path) -> Path:
-    """Fetch the bundle of 'models:/NAME@ALIAS' or 'models:/NAME/VERSION' into a folder; returns the bundle's folder.
-
-    Raises ModelError naming the known aliases and versions where there is no such model.
-    """
-    import mlflow
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client = _client(uri)
-    except MlflowException as error:
-        raise ModelError(f"{model} can't be pulled: {uri!r} is no MLflow server ({error.message})") from None
-    try:
-        where = mlflow.artifacts.download_artifacts(model, dst_path=str(folder))
-    except MlflowException as error:
-        raise ModelError(f"{model} can't be pulled from {uri}: {_known(client, model) or error.message}") from None
-    return Path(where) / "artifacts" / "bundle"
-
-
-def _known(client: MlflowClient, model: str) -> str:
-    from mlflow.exceptions import MlflowException
-
-    name = model.removeprefix("models:/").split("@")[0].split("/")[0]
-    try:
-        found = client.get_registered_model(name)
-    except MlflowException:
-        try:
-            names = [m.name for m in client.search_registered_models()]
-        except MlflowException:
-            return ""
-        return f"no model is called {name!r}; known: {', '.join(names) or 'none'}"
-    versions = [str(v.version) for v in client.search_model_versions(f"name = '{name}'")]
-    return f"{name} has the aliases {sorted(found.aliases)} and the versions {sorted(versions, key=int)}"
-
-
-def set_pyfunc_model() -> None:
-    """Hand MLflow the served model (called by `mlflow_model.py`, which MLflow runs when it loads the model)."""
-    import mlflow.pyfunc
-    from mlflow.models import set_model
-
-    with warnings.catch_warnings():
-        # MLflow asks for type hints on `predict`, from which it would make another signature than the given one.
-        warnings.simplefilter("ignore", UserWarning)
-
-        class CrystalModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc,unused-ignore]
-            """DataFrame with a column `cif` -> reconstructed cif, latent (JSON list), confidence, error, row by row."""
-
-            def load_context(self, context: Any) -> None:
-                from dist_train.models.export import read_bundle
-                from dist_train.models.reconstruct import Codec
-
-                self.codec = Codec(read_bundle(Path(context.artifacts["bundle"]))[0])
-
-            def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
-                import pandas as pd
-
-                from dist_train.generate import reconstruct_cifs
-
-                return pd.DataFrame(reconstruct_cifs(self.codec, list(model_input["cif"])))
-
-    set_model(CrystalModel())
-
-
 def log_figures(tracking: TrackingConfig, run_id: str, paths: Sequence[Path], figures: dict[str, float]) -> None:
     """Add files and final figures to a run that has ended."""
     assert tracking.uri is not None
-    client = _client(tracking.uri)
+    client = connect(tracking.uri)
     for path in paths:
         client.log_artifact(run_id, str(path))
     for name, value in figures.items():

@@ -32,7 +32,7 @@ def bundle_folder(model: str, tracking_uri: str | None) -> Iterator[Path]:
         return
     if not tracking_uri:
         raise ConfigError(f"{model} is in a registry: give --tracking-uri or set MLFLOW_TRACKING_URI")
-    from dist_train.backends.mlflow_tracker import pull
+    from dist_train.backends.mlflow_registry import pull
 
     with tempfile.TemporaryDirectory() as folder:
         yield pull(tracking_uri, model, Path(folder))

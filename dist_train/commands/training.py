@@ -1,4 +1,4 @@
-"""The verbs that make models: train and register."""
+"""The verb train."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import subprocess
 import time
 from collections.abc import Iterable
@@ -20,15 +19,16 @@ import numpy as np
 import torch
 
 from dist_train import __version__
+from dist_train.commands.registry import register
 from dist_train.config import RunConfig, load_config
-from dist_train.crystal.cif import write_cif
 from dist_train.crystal.digest import DIGEST_VERSION, digest
-from dist_train.errors import CheckpointError, ConfigError, Interrupted, ModelError, OutOfMemory
+from dist_train.errors import CheckpointError, ConfigError, Interrupted, OutOfMemory
 from dist_train.figures import loss_curves, slices
 from dist_train.files import write_text
 from dist_train.generate import encode
+from dist_train.model_card import environment
 from dist_train.models.autoencoder import CrystalAutoencoder, Statistics, cell_numbers, check_grid
-from dist_train.models.export import read_bundle, start_from, write_bundle
+from dist_train.models.export import start_from, write_bundle
 from dist_train.models.reconstruct import Codec
 from dist_train.ranks import place
 from dist_train.shards.index import Index
@@ -38,7 +38,7 @@ from dist_train.training.checkpoint import Checkpoints, load, read_state
 from dist_train.training.engine import Engine, TorchEngine, check_batch
 from dist_train.training.loop import batch_plan, fit
 from dist_train.training.state import TrainState
-from dist_train.training.tracker import NoTracker, Spool
+from dist_train.training.tracker import NoTracker, Spool, read_spool
 
 if TYPE_CHECKING:
     from dist_train.backends.mlflow_tracker import MlflowUploader
@@ -222,7 +222,20 @@ def _train_rank(config: RunConfig, index: Index, rank: int) -> str:
         pictures = [path for path in (config.run_dir / "figures",) if path.is_dir()]
         sent = uploader.close(status, pictures) if uploader else True
     engine.close()
-    return summary + ("" if sent else f"\nMLflow could not be reached: the metrics are in {spool.path}")
+    if not sent:
+        return f"{summary}\nMLflow could not be reached: the metrics are in {spool.path}" + (
+            f"; to register the model, once it can be: dist-train register {config.run_dir}" if done else ""
+        )
+    return f"{summary}\n{_register(config.run_dir)}" if done and uploader else summary
+
+
+def _register(run_dir: Path) -> str:
+    """Register the model of a run that has just ended; returns what came of it."""
+    try:
+        return register(run_dir)
+    except Exception as error:  # whatever a server or its client raises must not end a finished training
+        reason = (str(error) or repr(error)).splitlines()[0]
+        return f"the model was not registered ({reason}); to do it later: dist-train register {run_dir}"
 
 
 def _engine(config: RunConfig, model: CrystalAutoencoder) -> Engine:
@@ -326,7 +339,10 @@ def _finish(
         "data_digest": index.digest,
         "data_counts": index.counts,
         "training_digests": {"version": DIGEST_VERSION, "samples": len(digests), "of": len(reader)},
+        "evaluation_digest": _evaluation_digest(index),
+        "metrics": _last_validation(config.run_dir / "metrics.jsonl"),
         "git_commit": _git_commit(),
+        "environment": environment(engine.ranks),
         "run": config.model_dump(mode="json"),
     }
     unique = np.unique(np.array(digests, np.uint64))
@@ -341,6 +357,17 @@ def _finish(
     return f"{state.step} steps done, {state.skipped} skipped; model bundle: {bundle}"
 
 
+def _evaluation_digest(index: Index) -> str:
+    """The identity of the validation split alone: models trained on different data may share it."""
+    return hashlib.sha256("".join(shard.sha256 for shard in index.shards if shard.split == "val").encode()).hexdigest()
+
+
+def _last_validation(spool: Path) -> dict[str, float]:
+    """The metrics of the last validation of a run, by name."""
+    found = [record["metrics"] for record in read_spool(spool) if "val/loss" in record["metrics"]]
+    return {name: value for name, value in found[-1].items() if name.startswith("val/")} if found else {}
+
+
 def _fit_prior(codec: Codec, reader: ShardReader) -> None:
     """Fit the Gaussian that samples are drawn from to the latents of the training crystals."""
     latents = encode(codec, whole(reader.crystal, range(min(len(reader), PRIOR_SAMPLES)))).cpu().double()
@@ -349,23 +376,3 @@ def _fit_prior(codec: Codec, reader: ShardReader) -> None:
     ridge = 1e-6 * covariance.diagonal().mean().clamp(min=1e-6) * torch.eye(len(covariance), dtype=torch.float64)
     codec.model.prior_mean.copy_(latents.mean(0))
     codec.model.prior_cholesky.copy_(torch.linalg.cholesky(covariance + ridge))
-
-
-def register(run_dir: Path, alias: str | None) -> str:
-    """Register the bundle of a finished run in MLflow; returns a summary."""
-    from dist_train.backends.mlflow_tracker import register as register_bundle
-
-    kept, bundle = run_dir / "run.yaml", run_dir / "bundle"
-    if not (kept.is_file() and bundle.is_dir()):
-        raise ModelError(f"{run_dir} holds no finished run (run.yaml and bundle/ are needed); finish its training first")
-    config = load_config(kept)
-    run_id = run_dir / "mlflow_run_id"
-    if not (config.tracking.uri and run_id.is_file()):
-        raise ConfigError(f"the run {run_dir} was not tracked by MLflow: set tracking.uri and train")
-    if alias is not None and (not re.fullmatch(r"[A-Za-z][\w-]*", alias) or re.fullmatch(r"latest|v\d+", alias)):
-        raise ConfigError(f"alias {alias!r} can't be used: letters, digits, '-' and '_', and neither 'latest' nor 'v1'")
-    read_bundle(bundle)
-    example = ShardReader(Index.read(config.data.shards, config.data.cache_dir, config.data.cache_MB), "val").crystal(0)
-    version = register_bundle(config.tracking, bundle, run_id.read_text(), alias, write_cif(example))
-    name = config.tracking.model_name
-    return f"registered {name} version {version}" + (f", alias {alias}: models:/{name}@{alias}" if alias else "")

@@ -62,7 +62,7 @@ def read_bundle(folder: Path) -> tuple[CrystalAutoencoder, dict[str, Any]]:
 
     Raises ModelError for a folder that is no bundle, is damaged, or was written by a newer program.
     """
-    _check_sums(folder)
+    check_sums(folder)
     config = json.loads((folder / CONFIG_NAME).read_text())
     if config["format_version"] > FORMAT_VERSION:
         raise ModelError(
@@ -79,7 +79,7 @@ def training_digests(folder: Path) -> NDArray[np.uint64] | None:
 
     Raises ModelError as `read_bundle` does.
     """
-    return np.load(folder / DIGESTS_NAME, allow_pickle=False) if DIGESTS_NAME in _check_sums(folder) else None
+    return np.load(folder / DIGESTS_NAME, allow_pickle=False) if DIGESTS_NAME in check_sums(folder) else None
 
 
 def start_from(folder: Path, grid: GridSpec, model: ModelConfig, elements: tuple[int, ...]) -> CrystalAutoencoder:
@@ -97,8 +97,8 @@ def start_from(folder: Path, grid: GridSpec, model: ModelConfig, elements: tuple
     return found.train()
 
 
-def _check_sums(folder: Path) -> dict[str, str]:
-    """SHA-256 by the name of every file of the bundle; each was checked."""
+def check_sums(folder: Path) -> dict[str, str]:
+    """SHA-256 by the name of every file of the bundle; each was checked. Raises ModelError for a damaged one."""
     try:
         lines = (folder / SUMS_NAME).read_text(errors="replace").splitlines()
     except OSError:

@@ -19,9 +19,10 @@ from processes import started, wait_until
 from small_run import small_config, write_small_shards
 
 from dist_train.backends import mlflow_tracker
-from dist_train.backends.mlflow_tracker import MlflowUploader, pull
+from dist_train.backends.mlflow_registry import pull
+from dist_train.backends.mlflow_tracker import MlflowUploader
 from dist_train.cli import main
-from dist_train.commands import models
+from dist_train.commands import models, registry
 from dist_train.commands import training as commands
 from dist_train.config import RunConfig
 from dist_train.crystal.cif import parse_cif, write_cif
@@ -40,14 +41,16 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A run trained in two parts, tracked and registered as champion."""
     folder = tmp_path_factory.mktemp("tracked")
     write_small_shards(folder)
-    config = small_config(folder, f"tracking.uri=sqlite:///{folder}/mlflow.db", "tracking.experiment=test")
+    uri = f"tracking.uri=sqlite:///{folder}/mlflow.db"
+    config = small_config(folder, uri, "tracking.experiment=test", "tracking.gate.metric=val/loss")
     patch = pytest.MonkeyPatch()
     patch.setattr(mlflow_tracker, "SYSTEM_SECONDS", 0.1)  # this run is over before the usual first sample
     patch.setattr(mlflow_tracker, "UPLOAD_SECONDS", 0.1)
     commands.train(config.model_copy(update={"train": config.train.model_copy(update={"stop_after_step": 5})}))
-    commands.train(config)
+    told = commands.train(config)
     patch.undo()
-    assert "version 1" in commands.register(config.run_dir, "champion")
+    assert "registered crystal-autoencoder version 1, alias candidate; it is champion now: val/loss " in told
+    assert "version 1 is champion already" in registry.register(config.run_dir, "champion", "by the test")
     return config
 
 
@@ -89,7 +92,7 @@ def test_pulled_bundle_is_the_trained_one(tracked: RunConfig, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("models:/crystal-autoencoder@nobody", r"aliases \['champion'\]"),
+        ("models:/crystal-autoencoder@nobody", r"aliases \['candidate', 'champion'\]"),
         ("models:/crystal-autoencoder/9", r"versions \['1'\]"),
         ("models:/other@champion", "known: crystal-autoencoder"),
     ],
@@ -123,8 +126,9 @@ def test_plain_mlflow_client_predicts_row_by_row(tracked: RunConfig) -> None:
     assert list(table.columns) == ["cif", "latent", "confidence", "error"]
     assert "not a CIF" in table.error[1]
     assert table.cif[1] == ""
-    assert table.latent[0] == table.latent[2]
-    assert len(json.loads(table.latent[0])) == 8
+    first, last = (json.loads(table.latent[row]) for row in (0, 2))
+    assert first == pytest.approx(last, abs=1e-5)
+    assert len(first) == 8
     for row in (0, 2):
         assert table.error[row] or len(parse_cif(table.cif[row], "x", 1000)) > 0
 
@@ -196,12 +200,12 @@ def test_a_server_killed_and_started_again_in_a_run_has_every_record_once(
 
 def test_untracked_or_unfinished_runs_are_not_registered(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no finished run"):
-        commands.register(tmp_path, None)
+        registry.register(tmp_path, None)
     config = small_config(tmp_path)
     (config.run_dir / "bundle").mkdir(parents=True)
     (config.run_dir / "run.yaml").write_text(config.to_yaml())
     with pytest.raises(ConfigError, match="not tracked"):
-        commands.register(config.run_dir, None)
+        registry.register(config.run_dir, None)
 
 
 def test_a_damaged_bundle_never_becomes_champion(tracked: RunConfig, tmp_path: Path) -> None:
@@ -209,9 +213,9 @@ def test_a_damaged_bundle_never_becomes_champion(tracked: RunConfig, tmp_path: P
     shutil.copytree(tracked.run_dir, run)
     (run / "bundle" / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="fetch the bundle again"):
-        commands.register(run, "champion")
+        registry.register(run, "champion", "x")
     with pytest.raises(ConfigError, match="alias 'v7' can't be used"):
-        commands.register(tracked.run_dir, "v7")
+        registry.register(tracked.run_dir, "v7")
     assert len(client(tracked).search_model_versions("name = 'crystal-autoencoder'")) == 1
 
 
@@ -242,5 +246,5 @@ def test_crystals_of_the_same_name_are_all_written(tracked: RunConfig, tmp_path:
 
 @pytest.mark.parametrize("uri", ["nonsense", "http://127.0.0.1:9", "foo://bar"])
 def test_a_registry_that_is_none_is_one_message(uri: str, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="can't be pulled"):
+    with pytest.raises(ModelError, match="can't be used"):
         pull(uri, "models:/crystal-autoencoder@champion", tmp_path)
