@@ -189,8 +189,8 @@ class _About:
             found, rows = list(map(orjson.loads, texts.values())), np.fromiter(texts, np.int64)
             counts = [len(values["numbers"]) for values in found]
             numbers = np.array([number for values in found for number in values["numbers"]])
-            lattices = np.array([values["lattice_A"] for values in found], np.float64).reshape(-1, 3, 3)
-            if min(counts) and numbers.min() >= 1 and numbers.max() <= MAX_Z:
+            lattices = np.array([values["lattice_A"] for values in found], np.float64)
+            if lattices.shape[1:] == (3, 3) and min(counts) and 1 <= numbers.min() <= numbers.max() <= MAX_Z:
                 places = np.repeat(rows * (MAX_Z + 1), counts) + numbers
                 shape = self.composition_BZ.shape
                 self.composition_BZ[:] = np.bincount(places, minlength=self.composition_BZ.size).reshape(shape)
