@@ -107,6 +107,12 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _cache_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cache-dir", type=Path, metavar="DIR", help="keep the shards of a URL below it; without it, ~/.cache"
+    )
+
+
 def _add_demo(verbs: Verbs) -> None:
     parser = _verb(
         verbs,
@@ -185,7 +191,8 @@ def _add_inspect(verbs: Verbs) -> None:
         verbs, "inspect", "show one sample of shards as numbers and a picture",
         "Structure, grid, channels, species and what the decoder gives back; slices and projections with the atoms on top.",
     )  # fmt: skip
-    parser.add_argument("shards", type=Path, help="folder with index.json")
+    parser.add_argument("shards", help="folder with index.json, or its fsspec URL")
+    _cache_option(parser)
     parser.add_argument("sample", nargs="?", help="key of the sample or id of the crystal; without it, the first sample")
     parser.add_argument("--out", type=Path, default=Path("sample.png"), metavar="PNG", help="picture to write")
     parser.set_defaults(run=_inspect)
@@ -194,7 +201,7 @@ def _add_inspect(verbs: Verbs) -> None:
 def _inspect(options: argparse.Namespace) -> str:
     from dist_train.commands.shards import inspect_shards
 
-    return inspect_shards(options.shards, options.sample, options.out)
+    return inspect_shards(options.shards, options.cache_dir, options.sample, options.out)
 
 
 def _add_plan(verbs: Verbs) -> None:
@@ -360,10 +367,11 @@ def _add_evaluate(verbs: Verbs) -> None:
     )  # fmt: skip
     _model_options(parser)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--shards", type=Path, help="folder of shards")
+    source.add_argument("--shards", help="folder of shards, or its fsspec URL")
     source.add_argument(
         "--data", nargs="+", default=[], metavar="INPUT", help="CIF files, folders, archives, Parquet tables"
     )
+    _cache_option(parser)
     parser.add_argument("--split", help="split of the shards that the model was not trained on; without it, test")
     parser.add_argument(
         "--training", nargs="+", default=[], metavar="INPUT",

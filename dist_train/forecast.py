@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import prod, sqrt
 from pathlib import Path
@@ -25,6 +25,8 @@ COPY_BYTES_PER_S = 10e9
 """From a device into the host's memory, which is what training waits for at a checkpoint."""
 MOST_WAITING = 0.02
 """Share of its time that training may wait for checkpoints without a warning."""
+PERSISTENT_NUMBERS, BUCKET_NUMBERS = 100_000, 500_000_000
+"""DeepSpeed's own values of stage3_param_persistence_threshold and reduce_bucket_size."""
 KEPT_FREE = 0.1
 """Share of a device's memory for the allocator, the libraries and what an estimate leaves out."""
 
@@ -45,7 +47,8 @@ class Machine:
 class Forecast:
     """Figures of a run on `ranks` devices. Sizes in bytes; times in seconds unless the name says otherwise.
 
-    memory_of_states: weights, gradients, optimiser and average on one rank, by ZeRO stage; checkpoint_every: Young's
+    memory_of_states: weights, gradients, optimiser and average on one rank, by ZeRO stage; memory_of_buckets: what
+    DeepSpeed gathers gradients in before it sends them; checkpoint_every: Young's
     interval (1974) for the pause that a checkpoint makes, in steps, but never less than its writing takes.
     """
 
@@ -64,6 +67,7 @@ class Forecast:
     trained: int
     stage: int
     memory_of_states: tuple[int, ...]
+    memory_of_buckets: int
     memory_of_activations: float
     flops_per_sample: float
     step_seconds: float
@@ -85,8 +89,11 @@ class Forecast:
         return asdict(self)
 
 
-def forecast(config: RunConfig, index: Index, ranks: int, stage: int, machine: Machine) -> Forecast:
-    """Plan a run. Raises ConfigError and ShardError where the batch or the split don't go with the ranks."""
+def forecast(config: RunConfig, index: Index, ranks: int, zero: Mapping[str, Any], machine: Machine) -> Forecast:
+    """Plan a run. zero: DeepSpeed's `zero_optimization`, with its stage.
+
+    Raises ConfigError and ShardError where the batch or the split don't go with the ranks.
+    """
     train, batch, micro = config.train, config.train.global_batch_size, check_batch(config, ranks)
     entries, shards, elements = index.samples("train"), index.split("train"), len(index.elements("train"))
     shapes = [(d, h, w) for _, sample in entries for d, h, w in [sample.shape]]
@@ -96,8 +103,10 @@ def forecast(config: RunConfig, index: Index, ranks: int, stage: int, machine: M
     )  # fmt: skip
     parameters = list(meta_model(config, elements).parameters())
     numbers, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
-    parts = batch // ranks // micro
-    states = tuple(states_bytes(numbers, trained, ranks, s, train.precision, parts) for s in range(4))
+    parts, stage = batch // ranks // micro, int(zero["stage"])
+    persistent = zero.get("stage3_param_persistence_threshold", PERSISTENT_NUMBERS)
+    kept = sum(p.numel() for p in parameters if p.numel() <= persistent)
+    states = tuple(states_bytes(numbers, trained, ranks, s, train.precision, parts, kept) for s in range(4))
     largest = max(shapes, key=prod)
     activations = micro * activation_bytes(config, elements, largest)
     flops = mean_flops(config, elements, shapes)
@@ -113,27 +122,43 @@ def forecast(config: RunConfig, index: Index, ranks: int, stage: int, machine: M
     hours = order.steps * step / 3600
     found = Forecast(
         ranks, batch, micro, parts, len(entries), order.dropped, order.steps_per_epoch, order.steps, len(set(shapes)),
-        len(shards), len(shards) / ranks, numbers, trained, stage, states, activations, flops, step, batch / step,
+        len(shards), len(shards) / ranks, numbers, trained, stage, states,
+        buckets_bytes(zero, train.precision, parts), activations, flops, step, batch / step,
         batch / step * read, gradient, exchange, size, pause, write, every, mtbf / 3600, hours,
         hours * ranks * machine.price, (),
     )  # fmt: skip
     return Forecast(**{**asdict(found), "warnings": tuple(_warnings(config, order, found, machine))})
 
 
-def states_bytes(parameters: int, trained: int, ranks: int, stage: int, precision: str, parts: int) -> int:
-    """Weights, gradients, AdamW's moments and average on one rank (Rajbhandari et al. 2020, section 5), in bytes."""
+def states_bytes(parameters: int, trained: int, ranks: int, stage: int, precision: str, parts: int, kept: int = 0) -> int:
+    """Weights, gradients, AdamW's moments and average on one rank (Rajbhandari et al. 2020, section 5), in bytes.
+
+    kept: numbers of the parameters that stage 3 leaves whole on every rank, as they are small. Stage 2 holds up to one
+    parameter's gradient more: that of the parameter which two ranks share.
+    """
     if stage == 0:  # float32 weights, with the rest of theirs, on every rank
         return 4 * parameters + trained * (4 + 8 + 4)
     low, share = 4 if precision == "fp32" else 2, 1 / ranks
-    weights = low * parameters * (share if stage == 3 else 1)
+    weights = low * (parameters * share + kept if stage == 3 else parameters)
     gradients = (4 if parts > 1 else low) * trained * (share if stage > 1 else 1)
+    if stage == 1 and parts > 1 and low < 4:
+        gradients += low * trained  # those of a part, beside the sums
     return round(weights + gradients + trained * (4 + 8 + 4) * share)
+
+
+def buckets_bytes(zero: Mapping[str, Any], precision: str, parts: int) -> int:
+    """DeepSpeed's buffers of gradients on one rank: as large as its settings say, whatever the model."""
+    stage = zero["stage"]
+    if not (stage and zero.get("contiguous_gradients", True)):
+        return 0
+    size = 4 if precision == "fp32" or (stage == 1 and parts > 1) else 2
+    return int(zero.get("reduce_bucket_size", BUCKET_NUMBERS)) * size * (2 if stage < 3 and zero.get("overlap_comm") else 1)
 
 
 def _warnings(config: RunConfig, order: BatchPlan, found: Forecast, machine: Machine) -> Iterator[str]:
     """What would go wrong, or is no good use of the machine."""
     states, every = found.memory_of_states, config.train.checkpoint_every
-    needed = states[found.stage] + found.memory_of_activations
+    needed = states[found.stage] + found.memory_of_buckets + found.memory_of_activations
     if needed > (1 - KEPT_FREE) * machine.memory:
         fits = [str(stage) for stage, size in enumerate(states) if size < states[found.stage]]
         more = f" or a higher ZeRO stage ({', '.join(fits)})" if fits else ""

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from small_run import ROOT, small_config, write_small_shards
@@ -156,6 +157,33 @@ def test_a_bundle_of_an_older_program_says_unknown(trained: RunConfig, tmp_path:
     found = evaluated(older, tmp_path / "out", "--shards", str(trained.data.shards), "--limit", "2")
     assert found["n_trained_on"] is None
     assert "UNKNOWN whether the model was trained on these" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_shards_at_a_url_give_the_figures_of_their_folder(
+    trained: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    system = fsspec.filesystem("memory")
+    for path in Path(trained.data.shards).iterdir():
+        if path.is_file():
+            system.pipe_file(f"/evaluated/{path.name}", path.read_bytes())
+    places = "memory://evaluated", str(trained.data.shards)
+    found = [
+        evaluated(trained, tmp_path / f"out{i}", "--shards", place, "--cache-dir", str(tmp_path / "cache"))
+        for i, place in enumerate(places)
+    ]
+    assert {path.name[:4] for path in (tmp_path / "cache").glob("*/*/*.tar")} == {"trai", "test"}
+    assert [figures["data"].pop("source") for figures in found] == [f"{place}, split test" for place in places]
+    assert json.dumps({**found[0], "seconds": None}) == json.dumps({**found[1], "seconds": None})
+    capsys.readouterr()
+    pictures = []
+    for place in places:
+        picture = tmp_path / "picture.png"
+        assert main(["inspect", place, "--cache-dir", str(tmp_path / "cache"), "--out", str(picture)]) == 0
+        pictures.append(picture.read_bytes())
+    told = capsys.readouterr().out.splitlines()
+    half = len(told) // 2
+    assert told[half:] == [told[0].replace(*places), *told[1:half]] and f"in {places[0]}/" in told[0]
+    assert pictures[0] == pictures[1]
 
 
 def test_digests_are_covered_by_the_sums(trained: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

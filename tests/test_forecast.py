@@ -33,7 +33,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 def test_parameters_steps_and_states_are_those_of_the_run(config: RunConfig) -> None:
     index = Index.read(config.data.shards)
     reader = ShardReader(index, "train")
-    found = forecast(config, index, 1, 0, MACHINE)
+    found = forecast(config, index, 1, {"stage": 0}, MACHINE)
     engine = TorchEngine(build_model(config, index, reader), config)
     order = batch_plan(config, reader, 0, 1)
     assert (found.steps, found.left_out, found.samples) == (order.steps, order.dropped, len(reader))
@@ -48,7 +48,7 @@ def test_parameters_steps_and_states_are_those_of_the_run(config: RunConfig) -> 
 def test_what_is_frozen_has_no_states(config: RunConfig) -> None:
     vae = config.model_copy(update={"train": config.train.model_copy(update={"objective": "vae"})})
     index = Index.read(config.data.shards)
-    found = forecast(vae, index, 1, 0, MACHINE)
+    found = forecast(vae, index, 1, {"stage": 0}, MACHINE)
     unet = build_model(config, index, ShardReader(index, "train")).unet
     assert found.parameters - found.trained == sum(p.numel() for p in unet.parameters())
     assert found.memory_of_states[0] == 4 * found.parameters + 16 * found.trained
@@ -59,7 +59,8 @@ def test_states_are_shared_out_by_the_stage() -> None:
     n, ranks = 1000, 8
     sizes = [states_bytes(n, n, ranks, stage, "bf16", 1) for stage in range(4)]
     assert sizes == [20 * n, (2 + 2) * n + 16 * n // 8, 2 * n + 18 * n // 8, 20 * n // 8]
-    assert states_bytes(n, n, 1, 1, "bf16", 2) == 22 * n, "parts of a batch add up in float32"
+    assert states_bytes(n, n, 1, 1, "bf16", 2) == 24 * n, "parts of a batch add up in float32, each in bf16 beside"
+    assert states_bytes(n, n, 1, 2, "bf16", 2) == 22 * n
 
 
 def test_arithmetic_and_activations_grow_with_the_voxels(config: RunConfig) -> None:
@@ -73,7 +74,7 @@ def test_arithmetic_and_activations_grow_with_the_voxels(config: RunConfig) -> N
 
 def test_time_bytes_and_money_follow(config: RunConfig) -> None:
     index = Index.read(config.data.shards)
-    one, two = (forecast(config, index, ranks, 1, MACHINE) for ranks in (1, 2))
+    one, two = (forecast(config, index, ranks, {"stage": 1}, MACHINE) for ranks in (1, 2))
     assert one.gradient_seconds == 0
     assert one.step_seconds == pytest.approx(config.train.global_batch_size * one.flops_per_sample / MACHINE.flops)
     assert two.step_seconds == pytest.approx(one.step_seconds / 2 + two.gradient_bytes / MACHINE.network)
@@ -93,7 +94,7 @@ def test_time_bytes_and_money_follow(config: RunConfig) -> None:
 )  # fmt: skip
 def test_what_would_go_wrong_is_told(config: RunConfig, machine: Machine, overrides: tuple[str, ...], told: str) -> None:
     changed = small_config(Path(config.data.folder).parent, *overrides)
-    found = forecast(changed, Index.read(config.data.shards), 2, 1, machine)
+    found = forecast(changed, Index.read(config.data.shards), 2, {"stage": 1, "reduce_bucket_size": 1}, machine)
     assert any(told in warning for warning in found.warnings), found.warnings
 
 

@@ -38,6 +38,7 @@ from dist_train.models.reconstruct import Codec
 from dist_train.progress import Stages
 from dist_train.shards.discover import discover
 from dist_train.shards.index import Index
+from dist_train.shards.prefetch import fetched
 from dist_train.shards.reader import ShardReader
 from dist_train.shards.sources import read_chunk
 
@@ -53,14 +54,16 @@ Refused = list[tuple[str, str]]
 class EvaluateOptions:
     """What the command line asks for.
 
-    Either shards and split, or data: files, folders, archives, tables. training: candidates of the baseline; of shards it
-    is their training split by default. limit: so many crystals at most, the first ones. move: seed, or None to leave them.
+    Either shards, a folder or a URL that is kept below cache_dir, and split; or data: files, folders, archives, tables.
+    training: candidates of the baseline; of shards it is their training split by default. limit: so many crystals at most,
+    the first ones. move: seed, or None to leave them.
     """
 
     model: str
     tracking_uri: str | None
     out: Path
-    shards: Path | None = None
+    shards: str | None = None
+    cache_dir: Path | None = None
     split: str | None = None
     data: Sequence[str] = ()
     training: Sequence[str] = ()
@@ -135,7 +138,7 @@ def _source(options: EvaluateOptions) -> str:
 
 def _read(options: EvaluateOptions, max_atoms: int, stages: Stages) -> tuple[list[Crystal], list[Crystal], Refused]:
     """Test crystals, training crystals, and what is refused of the test inputs."""
-    index = Index.read(options.shards) if options.shards else None
+    index = Index.read(options.shards, options.cache_dir) if options.shards else None
     refused: Refused = []
     if index:
         crystals = _read_split(index, options.split or "test", options.limit, stages)
@@ -148,9 +151,9 @@ def _read(options: EvaluateOptions, max_atoms: int, stages: Stages) -> tuple[lis
 
 def _read_split(index: Index, split: str, limit: int | None, stages: Stages) -> list[Crystal]:
     reader = ShardReader(index, split)
-    places = range(len(reader))[:limit]
-    with stages.stage("read", len(places)) as bar:
-        return list(bar.over(map(reader.crystal, places)))
+    count = min(len(reader), limit or len(reader))
+    with stages.stage("read", count) as bar:
+        return list(bar.over(map(reader.crystal, fetched(reader, count))))
 
 
 def _read_inputs(

@@ -21,7 +21,7 @@ from dist_train.generate import decode, encode, interpolate_latents, reconstruct
 from dist_train.models.export import read_bundle
 from dist_train.models.reconstruct import Codec
 from dist_train.shards.discover import discover
-from dist_train.shards.sources import units
+from dist_train.shards.sources import read_chunk
 
 
 @contextmanager
@@ -50,11 +50,10 @@ def read_crystals(inputs: Iterable[str], grid: GridSpec) -> list[Crystal]:
     found, crystals = discover(inputs), []
     for _, file, reason in found.refused:
         raise CrystalError(f"{file}: {reason}")
-    for unit in (unit for chunk in found.chunks for unit in units(chunk, grid.max_atoms)):
-        for _, crystal in unit.items():
-            if isinstance(crystal, CrystalError):
-                raise CrystalError(f"{unit.file}: {crystal}")
-            crystals.append(crystal)
+    for file, item in (row for chunk in found.chunks for row in read_chunk(chunk, grid.max_atoms)):
+        if isinstance(item, CrystalError):
+            raise CrystalError(f"{file}: {item}")
+        crystals.append(item)
     return crystals
 
 

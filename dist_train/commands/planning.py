@@ -41,12 +41,12 @@ def plan(
     else:
         peak, memory = DEVICES[device]
         flops = peak * utilisation
-    stage = 0
+    zero = {"stage": 0}
     if config.engine.name == "deepspeed":
         from dist_train.backends.deepspeed_engine import deepspeed_config
 
-        stage = deepspeed_config(config, ranks)["zero_optimization"]["stage"]
-    found = forecast(config, index, ranks, stage, Machine(flops, memory, network_GBs * 1e9, disk_GBs * 1e9, price))
+        zero = deepspeed_config(config, ranks)["zero_optimization"]
+    found = forecast(config, index, ranks, zero, Machine(flops, memory, network_GBs * 1e9, disk_GBs * 1e9, price))
     return json.dumps(found.as_json(), indent=1) if as_json else table(found, device)
 
 
@@ -85,6 +85,7 @@ def table(found: Forecast, device: str) -> str:
         ("steps", f"{found.steps:,} = {found.steps // found.steps_per_epoch} epochs x {found.steps_per_epoch:,}"),
         ("parameters", f"{found.parameters / 1e6:.2f} M, {found.trained / 1e6:.2f} M of them trained"),
         ("memory a rank", f"{_bytes(states[found.stage])} of states at ZeRO {found.stage}"
+                          f" + {_bytes(found.memory_of_buckets)} of DeepSpeed's buckets"
                           f" + {_bytes(found.memory_of_activations)} of activations"),
         ("", "states at ZeRO " + ", ".join(f"{stage}: {_bytes(size)}" for stage, size in enumerate(states))),
         ("arithmetic", f"{found.flops_per_sample / 1e9:.2f} GFLOP a crystal, forward and backward"),

@@ -9,7 +9,7 @@ from dist_train.config import DataConfig, GridSpec
 from dist_train.errors import ShardError
 from dist_train.files import atomic_path
 from dist_train.shards.index import Index
-from dist_train.shards.random_access import read_sample
+from dist_train.shards.reader import ShardReader
 from dist_train.shards.verify import QUARANTINE, Fault, quarantine, verify
 
 LISTED_FAULTS = 50
@@ -69,11 +69,14 @@ def _listed(faults: list[Fault]) -> str:
     return "\n".join([*lines, *([f"  and {more} more"] if more else [])])
 
 
-def inspect_shards(root: Path, name: str | None, out: Path) -> str:
-    """Describe the sample of a key or crystal id (the first one where none is named), and draw it to `out`."""
+def inspect_shards(root: str, cache_dir: Path | None, name: str | None, out: Path) -> str:
+    """Describe the sample of a key or crystal id (the first one where none is named), and draw it to `out`.
+
+    root: a folder, or a URL whose shards are kept below `cache_dir`.
+    """
     from dist_train.inspect_sample import inspect_sample, sample_figure
 
-    index = Index.read(root)
+    index = Index.read(root, cache_dir)
     entries = [(shard, sample) for shard in index.shards for sample in shard.samples]
     found = next((found for found in entries if name in (None, found[1].key, found[1].id)), None)
     if found is None:
@@ -82,9 +85,11 @@ def inspect_shards(root: Path, name: str | None, out: Path) -> str:
         told = f"; close to it: {', '.join(close)}" if close else ""
         raise ShardError(f"no sample of {root} has the key or id {name!r}{told}; all are in its index.json")
     shard, entry = found
-    density, species, crystal = read_sample(root, shard, entry)
+    reader = ShardReader(index, shard.split)
+    place = reader.entries.index(found)
+    density, species, crystal = (None, None, reader.crystal(place)) if index.store == "structures" else reader[place]
     with atomic_path(out) as temporary:
         temporary.write_bytes(sample_figure(density, species, crystal, index.grid))
     text = inspect_sample(density, species, crystal, index.grid)
-    where = f"{entry.key}, copy {entry.copy} of {entry.id}, in {root / shard.name} ({shard.split})"
+    where = f"{entry.key}, copy {entry.copy} of {entry.id}, in {index.where(shard)} ({shard.split})"
     return f"{where}\n{text}\npicture: {out}"

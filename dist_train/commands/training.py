@@ -32,7 +32,7 @@ from dist_train.models.export import start_from, write_bundle
 from dist_train.models.reconstruct import Codec
 from dist_train.ranks import place
 from dist_train.shards.index import Index
-from dist_train.shards.prefetch import check_room
+from dist_train.shards.prefetch import check_room, fetched
 from dist_train.shards.reader import Record, ShardReader, check_shards, whole
 from dist_train.training.checkpoint import Checkpoints, load, read_state
 from dist_train.training.engine import Engine, TorchEngine, check_batch
@@ -251,7 +251,7 @@ def build_model(config: RunConfig, index: Index, reader: ShardReader) -> Crystal
     elements = index.elements("train")
     if config.train.init_from is not None:
         return start_from(config.train.init_from, config.grid, config.model, elements)
-    statistics = training_statistics(whole(reader.__getitem__, range(min(len(reader), STATISTICS_SAMPLES))))
+    statistics = training_statistics(whole(reader.__getitem__, fetched(reader, min(len(reader), STATISTICS_SAMPLES))))
     torch.manual_seed(config.seed)
     return CrystalAutoencoder(config.grid, config.model, elements, statistics)
 
@@ -333,7 +333,7 @@ def _finish(
     model = engine.averaged()
     codec = Codec(model)
     _fit_prior(codec, reader)
-    digests = whole(lambda place: digest(reader.crystal(place)), range(min(len(reader), MAX_DIGESTS)))
+    digests = whole(lambda place: digest(reader.crystal(place)), fetched(reader, min(len(reader), MAX_DIGESTS)))
     about = {
         "step": state.step,
         "data_digest": index.digest,
@@ -370,7 +370,7 @@ def _last_validation(spool: Path) -> dict[str, float]:
 
 def _fit_prior(codec: Codec, reader: ShardReader) -> None:
     """Fit the Gaussian that samples are drawn from to the latents of the training crystals."""
-    latents = encode(codec, whole(reader.crystal, range(min(len(reader), PRIOR_SAMPLES)))).cpu().double()
+    latents = encode(codec, whole(reader.crystal, fetched(reader, min(len(reader), PRIOR_SAMPLES)))).cpu().double()
     centred = latents - latents.mean(0)
     covariance = centred.T @ centred / max(len(latents) - 1, 1)
     ridge = 1e-6 * covariance.diagonal().mean().clamp(min=1e-6) * torch.eye(len(covariance), dtype=torch.float64)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from typing import NamedTuple
+from math import prod
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -52,14 +54,14 @@ def train_batches(
     Raises ShardError for a shard that can't be read, and for more different damaged samples than `max_damaged`; errors of
     a thread are raised here, in the order of the steps.
     """
-    stopped, ahead, damaged = threading.Event(), deque[Future[TrainBatch]](), set[str]()
+    stopped, ahead, damaged, memory = threading.Event(), deque[Future[TrainBatch]](), set[str](), _Memory()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="batches")
     cache = reader.index.cache
     with Prefetch(cache, reader.shards, plan, start, stop) if cache else nullcontext() as prefetch:
         try:
             for step in range(start, stop):
                 while len(ahead) <= threads and step + len(ahead) < stop:
-                    ahead.append(pool.submit(_read, reader, plan, step + len(ahead), device, stopped))
+                    ahead.append(pool.submit(_read, reader, plan, step + len(ahead), device, stopped, memory))
                 item = ahead.popleft().result()
                 if prefetch:
                     prefetch.reached(step)
@@ -75,7 +77,9 @@ def train_batches(
             pool.shutdown(cancel_futures=True)
 
 
-def _read(reader: ShardReader, plan: BatchPlan, step: int, device: torch.device, stopped: threading.Event) -> TrainBatch:
+def _read(
+    reader: ShardReader, plan: BatchPlan, step: int, device: torch.device, stopped: threading.Event, memory: _Memory
+) -> TrainBatch:
     places = plan.places(step)
 
     def going() -> Iterator[tuple[int, int]]:
@@ -88,23 +92,29 @@ def _read(reader: ShardReader, plan: BatchPlan, step: int, device: torch.device,
         seed = f"{plan.seed}\0{step // plan.steps_per_epoch}"
         structures, damaged = _structures(reader, places, going(), seed)
         return TrainBatch(step, structures.to(device) if device.type == "cpu" else structures, damaged)
-    batch, damaged = _grids(reader, places, going(), pinned=device.type == "cuda")
+    batch, damaged = _grids(reader, places, going(), None if device.type == "cuda" else memory)
     return TrainBatch(step, batch, damaged)
 
 
 def _grids(
-    reader: ShardReader, places: Places, rows: Iterable[tuple[int, int]], pinned: bool
+    reader: ShardReader, places: Places, rows: Iterable[tuple[int, int]], memory: _Memory | None
 ) -> tuple[CrystalBatch, tuple[str, ...]]:
-    """Stored grids, each byte copied once, from the file into the batch."""
+    """Stored grids, each byte copied once, from the file into the batch: in `memory`, or page-locked where there is none."""
     shape = reader.entries[int(places[0])][1].shape
-    density = _empty((len(places), n_channels(reader.grid), *shape), np.float16, pinned)
-    species = _empty((len(places), *shape), np.uint8, pinned)
-    about, damaged = _About(len(places)), []
+    sizes = (len(places), n_channels(reader.grid), *shape), (len(places), *shape)
+    if memory:
+        density, species = memory.empty(sizes[0], np.float16), memory.empty(sizes[1], np.uint8)
+    else:
+        density, species = (
+            torch.empty(size, dtype=d, pin_memory=True) for size, d in zip(sizes, (torch.float16, torch.uint8))
+        )
+    about, damaged, texts = _About(len(places)), [], dict[int, bytearray]()
     densities, labels = density.numpy(), species.numpy()
     for row, place in rows:
         text = reader.read_raw(place, densities[row], labels[row])
         if text is not None:
-            about.fill_from_json(row, text)
+            texts[row] = text
+    about.fill_from_json(texts)
     for row in np.flatnonzero(~about.sound()).tolist():  # not raw, or damaged
         try:
             record = reader[int(places[row])]
@@ -114,13 +124,29 @@ def _grids(
             damaged.append(str(error))
             densities[row], labels[row] = 0, 0
             about.fill(row, STAND_IN, weight=0.0)
-    return CrystalBatch(density, species, *about.tensors(pinned)), tuple(damaged)
+    return CrystalBatch(density, species, *about.tensors(pinned=memory is None)), tuple(damaged)
 
 
-def _empty(shape: Shape, dtype: type[np.generic], pinned: bool) -> Tensor:
-    """Page-locked memory, or numpy's, which asks for huge pages: new pages would cost as much time as the reading."""
-    tensor = torch.from_numpy(np.empty(0 if pinned else shape, dtype))
-    return torch.empty(shape, dtype=tensor.dtype, pin_memory=True) if pinned else tensor
+class _Memory:
+    """Memory of batches that nobody holds any more, for the next ones: the system would clear each page of new memory,
+    which costs as much time as the reading."""
+
+    def __init__(self) -> None:
+        self._blocks: list[tuple[NDArray[np.uint8], weakref.ref[NDArray[Any]]]] = []
+        self._lock = threading.Lock()
+
+    def empty(self, shape: Shape, dtype: type[np.generic]) -> Tensor:
+        """A tensor of any content."""
+        size = prod(shape) * np.dtype(dtype).itemsize
+        with self._lock:
+            free = sorted((len(block), number) for number, (block, array) in enumerate(self._blocks) if array() is None)
+            fitting = [number for length, number in free if length >= size] or [number for _, number in free[-1:]]
+            block = self._blocks.pop(fitting[0])[0] if fitting else np.empty(0, np.uint8)
+            if len(block) < size:
+                block = np.empty(size, np.uint8)
+            array = block[:size].view(dtype).reshape(shape)
+            self._blocks.append((block, weakref.ref(array)))  # the tensor's storage holds the array
+        return torch.from_numpy(array)
 
 
 def _structures(
@@ -157,14 +183,18 @@ class _About:
         self.composition_BZ[row] = np.bincount(crystal.numbers_N, minlength=MAX_Z + 1)
         self.weight_B[row] = weight
 
-    def fill_from_json(self, row: int, text: bytearray) -> None:
-        """From a `structure.json` whose checksum is right; one that holds no crystal is left out."""
+    def fill_from_json(self, texts: dict[int, bytearray]) -> None:
+        """From the `structure.json` of rows, their checksums being right; none is filled where one holds no crystal."""
         with suppress(LookupError, TypeError, ValueError, RecursionError):
-            values = orjson.loads(text)
-            numbers = values["numbers"]
-            if min(numbers) >= 1 and max(numbers) <= MAX_Z:
-                self.composition_BZ[row] = np.bincount(numbers, minlength=MAX_Z + 1)
-                self.lattice_B33[row] = values["lattice_A"]
+            found, rows = list(map(orjson.loads, texts.values())), np.fromiter(texts, np.int64)
+            counts = [len(values["numbers"]) for values in found]
+            numbers = np.array([number for values in found for number in values["numbers"]])
+            lattices = np.array([values["lattice_A"] for values in found], np.float64)
+            if lattices.shape[1:] == (3, 3) and min(counts) and 1 <= numbers.min() <= numbers.max() <= MAX_Z:
+                places = np.repeat(rows * (MAX_Z + 1), counts) + numbers
+                shape = self.composition_BZ.shape
+                self.composition_BZ[:] = np.bincount(places, minlength=self.composition_BZ.size).reshape(shape)
+                self.lattice_B33[rows] = lattices
 
     def sound(self) -> NDArray[np.bool_]:
         """[B] which cells are filled and have a volume."""

@@ -1,9 +1,9 @@
-"""Fetches the remote shards of the windows that training reads now and next."""
+"""Fetches the remote shards that are read next: those of training's next window, or of a split from its start."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from types import TracebackType
@@ -14,6 +14,7 @@ import numpy as np
 from dist_train.errors import ShardError
 from dist_train.shards.index import ShardRecord
 from dist_train.shards.order import BatchPlan
+from dist_train.shards.reader import ShardReader
 from dist_train.shards.remote import ShardCache
 
 FETCHERS = 4
@@ -66,8 +67,30 @@ class Prefetch:
 
     def _fetch(self, number: int) -> None:
         if not self._stopped:
-            with suppress(ShardError, OSError):  # whoever needs the shard raises it, in its turn
-                self._cache.fetch(self._shards[number], wait=False)
+            _try_fetch(self._cache, self._shards[number])
+
+
+def fetched(reader: ShardReader, count: int) -> Iterator[int]:
+    """The first `count` places of a split, in order; the next few shards, if remote, are fetched meanwhile."""
+    cache, ends = reader.index.cache, np.cumsum(reader.shard_sizes).tolist()
+    shards = reader.shards[: int(np.searchsorted(ends, count)) + 1]
+    ahead = min(FETCHERS, cache.limit // max(shard.bytes for shard in shards) - 1) if cache else 0
+    if cache is None or ahead < 1:
+        yield from range(count)
+        return
+    pool = ThreadPoolExecutor(ahead, thread_name_prefix="fetch")
+    try:
+        for number, (start, stop) in enumerate(zip([0, *ends], ends[: len(shards)])):
+            for coming in shards[number + ahead * (number > 0) : number + ahead + 1]:
+                pool.submit(_try_fetch, cache, coming)
+            yield from range(start, min(stop, count))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _try_fetch(cache: ShardCache, shard: ShardRecord) -> None:
+    with suppress(ShardError, OSError):  # whoever needs the shard raises it, in its turn
+        cache.fetch(shard, wait=False)
 
 
 def check_room(cache: ShardCache, shards: Sequence[ShardRecord], plan: BatchPlan) -> None:

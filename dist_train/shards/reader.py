@@ -124,10 +124,10 @@ class ShardReader:
         if tuple(sample.members) != MEMBERS["raw"]:
             return None
         first, second, text = sample.members.values()
-        heads = [npy_header(array.shape, array.dtype) for array in (density_CDHW, species_DHW)]
+        heads = [npy_header(density_CDHW.shape, density_CDHW.dtype), npy_header(species_DHW.shape, species_DHW.dtype)]
         sizes = len(heads[0]) + density_CDHW.nbytes, len(heads[1]) + species_DHW.nbytes
         gaps = second[0] - sum(first), text[0] - sum(second)
-        if (first[1], second[1]) != sizes or not all(0 <= gap <= MAX_GAP for gap in gaps) or sum(text) > shard.bytes:
+        if (first[1], second[1]) != sizes or not 0 <= min(gaps) <= max(gaps) <= MAX_GAP or sum(text) > shard.bytes:
             return None
         head, other, structure = bytearray(len(heads[0])), bytearray(len(heads[1])), bytearray(text[1])
         buffers: list[Any] = [head, density_CDHW, bytearray(gaps[0]), other, species_DHW, bytearray(gaps[1]), structure]

@@ -88,7 +88,7 @@ def read_chunk(chunk: Chunk, max_atoms: int) -> list[tuple[str, Item]]:
         for unit in units(chunk, max_atoms):
             found += [(unit.file if chunk.names else f"{unit.file}, {unit.id}", item) for _, item in unit.items()]
     except DataError as error:  # of a whole table or archive
-        found.append((chunk.place, CrystalError(str(error))))
+        found.append((chunk.place, CrystalError(str(error).removeprefix(f"{chunk.place}: "))))
     return found
 
 

@@ -10,7 +10,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ class Request:
     signals: [rank, number, step]: sent to a rank as soon as `spool` has a record of the step, a random moment later.
     patches: [rank, 'module:name', call, what]: at that call of a function, from 1, the rank kills itself ('kill'), sleeps
     ('hang'), runs out of memory ('memory'), has nothing but nan in its tensor arguments
-    ('nan'), or only says that it was called ('note').
+    ('nan'), or only says that it was called ('note') or what its engine holds ('bytes', see `bytes_held`).
     """
 
     ranks: int
@@ -139,11 +139,41 @@ def patch(place: str, call: int, what: str) -> None:
             arguments = tuple(a * float("nan") if isinstance(a, torch.Tensor) else a for a in arguments)
         elif calls == call and what == "note":
             print(f"called {last}")
+        elif calls == call and what == "bytes":
+            print(json.dumps({"bytes": bytes_held(arguments[0])}))
         elif calls == call:
             go_wrong(what)
         return function(*arguments, **options)
 
     setattr(owner, last, wrapped)
+
+
+def bytes_held(engine: Any) -> dict[str, int]:
+    """Bytes of a DeepSpeedEngine's buckets, and of all else that it keeps or has the gradients in, each storage once."""
+    zero, seen = engine.engine.optimizer, set[int]()
+    buckets = [bucket.buffer for bucket in getattr(zero, "ipg_buckets", {}).values()]
+    states = [list(engine.objective.parameters()), engine.optimizer.param_groups, list(engine.optimizer.state.values())]
+    others = [engine.average.values, vars(zero) if engine.stage else None]
+    return {
+        name: sum(tensor.untyped_storage().nbytes() for tensor in tensors(held, seen))
+        for name, held in (("buckets", buckets), ("states", [states, others]))
+    }
+
+
+def tensors(holder: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+    """The tensors below an object, one for each storage that isn't in `seen`."""
+    if not isinstance(holder, torch.Tensor | dict | list | tuple):
+        return
+    address = holder.untyped_storage().data_ptr() if isinstance(holder, torch.Tensor) else id(holder)
+    if isinstance(holder, torch.Tensor):
+        if address not in seen:
+            yield holder
+        below = [getattr(holder, name, None) for name in ("grad", "grad_accum", "ds_tensor") if holder.is_leaf]
+    else:
+        below = [] if address in seen else list(holder.values() if isinstance(holder, dict) else holder)
+    seen.add(address)
+    for item in below:
+        yield from tensors(item, seen)
 
 
 def go_wrong(what: str) -> None:

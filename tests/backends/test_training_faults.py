@@ -19,6 +19,9 @@ from processes import small_disk, started
 from safetensors.torch import load_file
 from small_run import small_config, write_small_shards
 
+from dist_train.config import load_config
+from dist_train.forecast import Machine, forecast
+from dist_train.shards.index import Index
 from dist_train.training.checkpoint import find_fault
 from dist_train.training.tracker import read_spool
 
@@ -257,6 +260,27 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(runs: Runs,
     bad = {step for step, (_, norm) in runs.losses(name).items() if not math.isfinite(norm)}
     assert len(bad) == 1
     assert all(torch.isfinite(value).all() for value in runs.weights(name).values())
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("precision", "micro"), [("fp32", 6), ("bf16", 6), ("bf16", 3)])
+def test_memory_of_states_and_buckets_is_what_plan_foretells(runs: Runs, precision: str, micro: int) -> None:
+    """On each of two ranks at each ZeRO stage, when the gradients are there."""
+    wide = ("model.vae_widths=[16, 32]", "model.unet_width=16", "train.global_batch_size=12", "train.unet_share=1")
+    options = (f"train.precision={precision}", f"train.micro_batch_size={micro}", "train.stop_after_step=2", *wide)
+    for stage in range(4):
+        name = f"held{precision}{micro}{stage}"
+        before_update = [(rank, f"{ENGINE}._scale", 2, "bytes") for rank in range(2)]
+        assert runs.launch(name, 2, *options, patches=before_update, stage=stage) == [0, 0], runs.told(name)
+        config = load_config(runs.folder / "run.yaml")
+        found = forecast(config, Index.read(config.data.shards), 2, {"stage": stage}, Machine(1e12, 80e9, 1e9, 1e9, 0))
+        for rank in range(2):
+            (line,) = [line for line in runs.told(name, rank).splitlines() if line.startswith('{"bytes"')]
+            held = json.loads(line)["bytes"]
+            assert held["states"] == pytest.approx(found.memory_of_states[stage], rel=0.03), (stage, rank)
+            if stage == 3 or (stage == 1 and micro == 6):  # elsewhere they are gone when the gradients are whole
+                assert held["buckets"] == found.memory_of_buckets
+            assert held["buckets"] in (0, found.memory_of_buckets)
 
 
 @pytest.mark.timeout(60)

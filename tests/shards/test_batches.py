@@ -188,6 +188,21 @@ def test_an_error_of_the_consumer_stops_the_threads(index: Index) -> None:
     assert not reading_threads()
 
 
+def test_memory_of_batches_is_used_again_when_nobody_holds_them(index: Index) -> None:
+    """A view of a batch is enough to hold it."""
+    reader = ShardReader(index, "train")
+    plan = plan_of(reader, epochs=20)
+    places, held, expected = set(), [], []
+    for item in train_batches(reader, plan, 0, plan.steps):
+        places.add(item.batch.density_BCDHW.data_ptr())
+        if item.step % 25 == 0:
+            held.append(item.batch.to(CPU).species_BDHW[1:].flatten())
+            expected.append(held[-1].clone())
+    assert len(places) <= 4 + len(held) < plan.steps
+    assert all(torch.equal(one, other) for one, other in zip(held, expected, strict=True))
+    assert len({tensor.data_ptr() for tensor in held}) == len(held)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_only_a_few_batches_are_read_ahead(index: Index, threads: int) -> None:
     """A slow consumer doesn't make the threads read the whole epoch into memory."""

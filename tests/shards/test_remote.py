@@ -26,6 +26,7 @@ from dist_train.shards import remote as module
 from dist_train.shards.batches import train_batches
 from dist_train.shards.index import INDEX_NAME, Index
 from dist_train.shards.order import BatchPlan
+from dist_train.shards.prefetch import fetched
 from dist_train.shards.reader import ShardReader, check_shards
 from dist_train.shards.remote import CACHE_NAME, Remote, ShardCache
 
@@ -235,6 +236,33 @@ def test_the_next_window_is_fetched_before_it_is_needed_and_no_third(
     time.sleep(0.3)
     assert len([name for name in held(tmp_path) if not name.startswith(".")]) == there
     batches.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("count", "cache_MB", "there"), [(5, 100, 2), (18, 100, 5), (18, 1, 4)])
+def test_a_split_read_in_order_is_fetched_a_few_shards_ahead(
+    memory: str, tmp_path: Path, count: int, cache_MB: int, there: int
+) -> None:
+    """No more than four, than are asked for, or than the cache holds."""
+    reader = ShardReader(Index.read(memory, tmp_path, cache_MB), "train")
+    places = fetched(reader, count)
+    found = [next(places)]
+    until = time.monotonic() + WAIT_S
+    while len(held(tmp_path)) < there and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    assert set(held(tmp_path)) == {shard.name for shard in reader.shards[:there]}
+    assert [*found, *places] == list(range(count))
+
+
+def test_a_cache_of_one_shard_is_not_fetched_ahead_into(memory: str, local: Index, tmp_path: Path) -> None:
+    reader = ShardReader(Index.read(memory, tmp_path), "train")
+    assert reader.index.cache
+    reader.index.cache.limit = local.shards[0].bytes + 1
+    places = fetched(reader, SAMPLES)
+    next(places)
+    time.sleep(0.3)
+    assert not held(tmp_path)
+    assert len(list(places)) == SAMPLES - 1
 
 
 class Flaky(MemoryFileSystem):  # type: ignore[misc]

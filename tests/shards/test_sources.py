@@ -19,16 +19,17 @@ import pytest
 from s3_server import s3_server
 from small_shards import real_crystals, write_shards
 
+from dist_train.commands.models import read_crystals
 from dist_train.config import DataConfig, GridSpec
 from dist_train.crystal.extxyz import to_extxyz
 from dist_train.crystal.formats import write_crystal
 from dist_train.crystal.parquet import write_parquet
 from dist_train.crystal.structure import Crystal
-from dist_train.errors import DataError
+from dist_train.errors import CrystalError, DataError
 from dist_train.shards import discover as discovery
 from dist_train.shards.discover import FILES_PER_CHUNK, ROWS_PER_CHUNK, discover
 from dist_train.shards.scan import read_part, read_scan, scan_chunk, stop_reader
-from dist_train.shards.sources import Chunk, units
+from dist_train.shards.sources import Chunk, read_chunk, units
 
 SAMPLE = Path(__file__).parents[2] / "data" / "sample"
 TABLE = SAMPLE / "perov_5.parquet"
@@ -207,6 +208,20 @@ def test_tables_that_are_none(tmp_path: Path) -> None:
     assert [(file, reason[:25]) for _, file, reason in found.refused] == [
         (f"{tmp_path}/text.parquet", "no readable Parquet table")
     ]
+
+
+def test_a_table_that_breaks_off_is_named_once(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    write_parquet(path, CRYSTALS)
+    data = bytearray(path.read_bytes())
+    data[4:200] = bytes(196)
+    path.write_bytes(data)
+    (chunk,) = discover([str(path)]).chunks
+    ((place, error),) = read_chunk(chunk, 1000)
+    assert place == str(path)
+    assert str(error).startswith("rows from 0 on can't be read: ")
+    with pytest.raises(CrystalError, match=f"^{path}: rows from 0 on can't be read"):
+        read_crystals([str(path)], GridSpec())
 
 
 # Archives
