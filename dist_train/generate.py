@@ -63,7 +63,7 @@ def altered_latents(codec: Codec, latent_L: Tensor, n: int, radius: float, seed:
     radius: how far away all of them are, in standard deviations of the training crystals' latents (Mahalanobis distance).
     """
     generator = torch.Generator().manual_seed(seed % 2**63)
-    noise = torch.randn(n, codec.model.model.latent, generator=generator)
+    noise = torch.randn(n, codec.model.model.latent_size, generator=generator)
     steps: Tensor = radius * noise / noise.norm(dim=1, keepdim=True)
     return latent_L.cpu() + steps @ codec.model.prior_cholesky.cpu().float().T
 

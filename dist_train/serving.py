@@ -103,7 +103,7 @@ def _latents(codec: Codec, table: Mapping[str, Sequence[object]], sources: tuple
         rows.append(f"row {row}: no {' or '.join(sources)} is given")
         try:
             if source == "latent":
-                rows[row] = _vector(text, row, codec.model.model.latent)
+                rows[row] = _vector(text, row, codec.model.model.latent_size)
             elif source == "cif":
                 spec = codec.model.grid
                 crystals[row] = representable(parse_cif(text, f"row {row}", spec.max_atoms), spec)

@@ -25,9 +25,9 @@ SPATIAL = ModelConfig(latent=6, latent_voxels=64, latent_channels=3, vae_widths=
 ELEMENTS = (8, 22, 56)
 
 
-def make_model(grid: GridSpec = CUBE, model: ModelConfig = LIGHT) -> CrystalAutoencoder:
+def make_model(grid: GridSpec = CUBE, model: ModelConfig = LIGHT, seed: int = 0) -> CrystalAutoencoder:
     """With the same weights at every call."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     channels = n_channels(grid)
     statistics = Statistics((0.1,) * channels, (0.5,) * channels, (1.4,) * 3 + (0.0,) * 3, (0.1,) * 6, math.log(5), 1.0)
     return CrystalAutoencoder(grid, model, ELEMENTS, statistics)
@@ -45,12 +45,12 @@ def make_batch(size: int = 3, shape: Shape = (12, 12, 12), channels: int = 8) ->
     return CrystalBatch(density, species, torch.randn(size, 6), composition, torch.ones(size))
 
 
-def make_objective(grid: GridSpec = CUBE, model: ModelConfig = LIGHT, **train: object) -> Objective:
+def make_objective(grid: GridSpec = CUBE, model: ModelConfig = LIGHT, seed: int = 0, **train: object) -> Objective:
     """An objective on the CPU in float32; `train`: values of TrainConfig."""
     if train.get("objective") == "unet":
         train["init_from"] = "somewhere"
     settings = TrainConfig.model_validate(train)
-    return prepare(Objective(make_model(grid, model), settings, CPU, torch.float32), settings)
+    return prepare(Objective(make_model(grid, model, seed), settings, CPU, torch.float32), settings)
 
 
 def loss_and_gradients(objective: Objective, *arguments: object) -> tuple[float, dict[str, torch.Tensor]]:

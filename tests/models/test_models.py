@@ -117,25 +117,24 @@ def test_a_spatial_latent_moves_with_the_crystal(shift: Shape) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "coarse"),
-    [((16, 16, 16), (4, 4, 4)), ((8, 8, 8), (4, 4, 4)), ((8, 8, 32), (2, 2, 10)), ((16, 16, 24), (3, 3, 5)),
-     ((8, 8, 256), (1, 1, 40)), ((8, 16, 24), (2, 4, 6))],
+    [((16, 16, 16), (4, 4, 4)), ((8, 8, 8), (4, 4, 4)), ((8, 8, 32), (2, 3, 10)), ((16, 16, 24), (3, 4, 5)),
+     ((8, 8, 256), (1, 1, 64)), ((8, 16, 24), (2, 4, 8)), ((8, 16, 16), (2, 5, 6))],
 )  # fmt: skip
 def test_the_coarse_grid_has_voxels_that_are_near_to_cubes(shape: Shape, coarse: Shape) -> None:
-    assert latent_shape(shape, 64)[:2] == coarse[:2] or latent_shape(shape, 64) == coarse
-    assert math.prod(latent_shape(shape, 64)) <= 64
+    assert latent_shape(shape, 64) == coarse
 
 
 def test_what_a_small_coarse_grid_leaves_of_the_latent_is_free_and_unread() -> None:
     network = randomised(make_model(ADAPTIVE, SPATIAL))
-    posterior = network.encode(torch.randn(2, 8, 8, 16, 24), torch.randn(2, 6))
-    used = 6 + 3 * math.prod(latent_shape((8, 16, 24), 64))
+    posterior = network.encode(torch.randn(2, 8, 8, 8, 32), torch.randn(2, 6))
+    used = 6 + 3 * math.prod(latent_shape((8, 8, 32), 64))
     assert used < posterior.mean.shape[1]
     kl = gaussian_kl(posterior)
     assert kl[:, :used].min() > 0
     assert (kl[:, used:] == 0).all()
     latent = torch.randn(2, SPATIAL.latent_size)
     other = torch.cat([latent[:, :used], torch.randn(2, SPATIAL.latent_size - used)], 1)
-    for a, b in zip(network.decode(latent, (8, 16, 24)), network.decode(other, (8, 16, 24)), strict=True):
+    for a, b in zip(network.decode(latent, (8, 8, 32)), network.decode(other, (8, 8, 32)), strict=True):
         assert torch.equal(a, b)
 
 

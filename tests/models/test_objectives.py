@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import ADAPTIVE, CPU, LIGHT, PAPER, WINDOW, loss_and_gradients, make_batch, make_objective
+from small_models import ADAPTIVE, CPU, LIGHT, PAPER, SPATIAL, WINDOW, loss_and_gradients, make_batch, make_objective
 from torch import Tensor
 
 from dist_train.config import GridSpec, LossWeights, ModelConfig, TrainConfig
@@ -27,7 +27,7 @@ WEIGHTS = LossWeights(density=2.0, species=0.3, kl=0.01, free_bits=0.0, lattice=
 
 
 def make_noise(objective: Objective, positions: range, share: float = 0.5, shape: Shape = (12, 12, 12)) -> Noise:
-    return step_noise(3, 5, positions, share if objective.share else 0.0, LIGHT.latent, shape, CPU)
+    return step_noise(3, 5, positions, share if objective.share else 0.0, objective.model.model.latent_size, shape, CPU)
 
 
 def rows(batch: CrystalBatch, first: int, last: int) -> CrystalBatch:
@@ -209,14 +209,18 @@ def test_noise_is_a_function_of_seed_and_step_and_position_whatever_the_ranks() 
 
 @pytest.mark.parametrize(
     ("grid", "model", "shape", "channels"),
-    [(ADAPTIVE, LIGHT, (16, 24, 32), 8), (ADAPTIVE, PAPER, (16, 24, 32), 8), (WINDOW, PAPER, (30, 30, 30), 1)],
-    ids=["adaptive-light", "adaptive-paper", "window"],
+    [
+        (ADAPTIVE, LIGHT, (16, 24, 32), 8), (ADAPTIVE, PAPER, (16, 24, 32), 8), (ADAPTIVE, SPATIAL, (8, 24, 32), 8),
+        (WINDOW, PAPER, (30, 30, 30), 1),
+    ],
+    ids=["adaptive-light", "adaptive-paper", "adaptive-spatial", "window"],
 )  # fmt: skip
 @pytest.mark.parametrize("number", ["autocast", "bf16", "fp32"])
 def test_every_grid_trains_in_every_number_format(
     grid: GridSpec, model: ModelConfig, shape: tuple[int, int, int], channels: int, number: str
 ) -> None:
-    objective = make_objective(grid, model)
+    # Seven of eight seeds give a cosine over 0.997 to all of these; seed 0 has activations near a kink of LeakyReLU.
+    objective = make_objective(grid, model, seed=1)
     batch, noise = make_batch(2, shape, channels), make_noise(objective, range(2), 1.0, shape)
     expected, gradients = loss_and_gradients(objective, batch, noise)
     if number == "bf16":
@@ -226,7 +230,7 @@ def test_every_grid_trains_in_every_number_format(
         found, rounded = loss_and_gradients(objective, batch, noise)
     assert found == pytest.approx(expected, rel=0.05)
     flat, exact = (torch.cat([g[name].float().flatten() for name in gradients]) for g in (rounded, gradients))
-    assert torch.cosine_similarity(flat, exact, 0) > 0.98
+    assert torch.cosine_similarity(flat, exact, 0) > 0.99
 
 
 @pytest.mark.parametrize("model", [LIGHT, PAPER], ids=["light", "paper"])
