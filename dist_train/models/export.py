@@ -23,7 +23,8 @@ from dist_train.errors import ModelError
 from dist_train.files import fsync, sha256
 from dist_train.models.autoencoder import CrystalAutoencoder
 
-FORMAT_VERSION = 1
+FORMAT_VERSION, OLDEST_FORMAT = 2, 2
+"""Written, and the oldest that is read; 1 named the layers of the VAE otherwise."""
 WEIGHTS_NAME, CONFIG_NAME, SUMS_NAME = "model.safetensors", "config.json", "SHA256SUMS"
 DIGESTS_NAME = "training_digests.npy"
 
@@ -60,13 +61,17 @@ def write_bundle(
 def read_bundle(folder: Path) -> tuple[CrystalAutoencoder, dict[str, Any]]:
     """The model of a bundle, in evaluation mode, and its config; every file is checked against SHA256SUMS first.
 
-    Raises ModelError for a folder that is no bundle, is damaged, or was written by a newer program.
+    Raises ModelError for a folder that is no bundle, is damaged, or was written by a newer program or one that is too old.
     """
     check_sums(folder)
     config = json.loads((folder / CONFIG_NAME).read_text())
     if config["format_version"] > FORMAT_VERSION:
         raise ModelError(
             f"bundle {folder} has format {config['format_version']}, this program reads up to {FORMAT_VERSION}: update it"
+        )
+    if config["format_version"] < OLDEST_FORMAT:
+        raise ModelError(
+            f"bundle {folder} has format {config['format_version']}, this program reads from {OLDEST_FORMAT} on: train it anew"
         )
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced: leave the caller's numbers alone
         model = CrystalAutoencoder.from_config(config)

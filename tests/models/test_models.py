@@ -195,15 +195,16 @@ def test_damaged_bundle_is_refused_by_file(tmp_path: Path, name: str) -> None:
         read_bundle(bundle)
 
 
-def test_bundle_of_a_newer_format_and_no_bundle_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "told"), [(99, "format 99, .* update it"), (1, "format 1, .* train it anew")])
+def test_bundle_of_another_format_and_no_bundle_are_refused(tmp_path: Path, number: int, told: str) -> None:
     model = make_model()
     bundle = write_bundle(tmp_path / "bundle", model, model.state_dict(), {})
     config = json.loads((bundle / "config.json").read_text())
-    (bundle / "config.json").write_text(json.dumps({**config, "format_version": 99}))
+    (bundle / "config.json").write_text(json.dumps({**config, "format_version": number}))
     (bundle / "SHA256SUMS").write_text(
         "".join(f"{sha256(bundle / name)}  {name}\n" for name in ("config.json", "model.safetensors"))
     )
-    with pytest.raises(ModelError, match="format 99"):
+    with pytest.raises(ModelError, match=told):
         read_bundle(bundle)
     with pytest.raises(ModelError, match="no model bundle"):
         read_bundle(tmp_path)
