@@ -71,7 +71,8 @@ def read_bundle(folder: Path) -> tuple[CrystalAutoencoder, dict[str, Any]]:
         )
     if config["format_version"] < OLDEST_FORMAT:
         raise ModelError(
-            f"bundle {folder} has format {config['format_version']}, this program reads from {OLDEST_FORMAT} on: train it anew"
+            f"bundle {folder} has format {config['format_version']}, this program reads {OLDEST_FORMAT} and later: "
+            "train it anew"
         )
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced: leave the caller's numbers alone
         model = CrystalAutoencoder.from_config(config)

@@ -217,7 +217,7 @@ def test_a_damaged_or_newer_bundle_is_refused_when_it_is_pulled(
     run = place.run("b", {"val/loss": 0.1})
     register(run)
     monkeypatch.setattr(export, "FORMAT_VERSION", 0)  # as a program from before this format
-    with pytest.raises(ModelError, match="has format 1, this program reads up to 0: update it"):
+    with pytest.raises(ModelError, match="has format 2, this program reads up to 0: update it"):
         read_bundle(pull(place.uri, f"models:/{NAME}@candidate", tmp_path / "newer"))
 
 
