@@ -6,6 +6,7 @@ the network's own terms: convolutions then do all the work, and what is learnt a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from itertools import product
 from math import prod
@@ -79,17 +80,17 @@ class Encoder(nn.Module):
         width = model.vae_widths[-1]
         n_cell = N_CELL + N_SHAPE * adaptive
         self.head = (
-            GridHead(width, n_cell, model, style) if model.latent_voxels else VectorHead(width, n_cell, coarse, model, style)
+            GridHead(n_cell, model, style) if model.latent_voxels else VectorHead(width, n_cell, coarse, model, style)
         )
 
     def forward(self, density_BCDHW: Tensor, cell_B6: Tensor) -> Latent:
-        grid = padded(density_BCDHW, self.multiple)
+        grids = [padded(density_BCDHW, self.multiple)]
         for down in self.down:
-            grid = run(self.recompute, down, grid)
+            grids.append(run(self.recompute, down, grids[-1]))
         d, h, w = density_BCDHW.shape[2:]
         shape = d, h, w
         numbers = torch.cat([cell_B6, shape_numbers(shape, cell_B6)], dim=1) if self.adaptive else cell_B6
-        mean, log_variance = self.head(grid, numbers, shape)
+        mean, log_variance = self.head(grids[1:], numbers, shape)
         return Latent(mean, log_variance.clamp(LEAST_LOG_VARIANCE, MOST_LOG_VARIANCE))
 
 
@@ -105,11 +106,12 @@ class Decoder(nn.Module):
         widths = model.vae_widths
         self.multiple = 2**model.halvings
         self.root: GridRoot | VectorRoot = (
-            GridRoot(widths[-1], model, n_elements, style)
-            if model.latent_voxels
-            else VectorRoot(widths[-1], coarse, model, n_elements, style)
+            GridRoot(widths[-1], model) if model.latent_voxels else VectorRoot(widths[-1], coarse, model, style)
         )
         self.heads = nn.Linear(model.latent, N_CELL + 1 + N_SHAPE * adaptive)
+        self.composition = nn.Sequential(
+            nn.Linear(model.latent, model.latent), style.activation(), nn.Linear(model.latent, n_elements)
+        )
         self.n_vector = model.latent
         whole = len(widths) - model.halvings
         layers: list[nn.Module] = []
@@ -123,9 +125,11 @@ class Decoder(nn.Module):
 
     def forward(self, latent: Tensor, shape: Shape) -> Decoding:
         d, h, w = shape
-        grid, composition = self.root(latent, shape)
-        grid = fourier_resample(grid, (-(-d // self.multiple), -(-h // self.multiple), -(-w // self.multiple)))
+        grid = fourier_resample(
+            self.root(latent, shape), (-(-d // self.multiple), -(-h // self.multiple), -(-w // self.multiple))
+        )
         density = run(self.recompute, self.out, run_layers(self.recompute, self.up, grid))
+        composition = self.composition(latent[:, : self.n_vector])
         return Decoding(density[:, :, :d, :h, :w], composition, *self.numbers(latent))
 
     def numbers(self, latent: Tensor) -> Numbers:
@@ -135,7 +139,7 @@ class Decoder(nn.Module):
 
 
 class VectorHead(nn.Module):
-    """[B, n_in, D, H, W] features and [B, n_cell] cell -> mean and log variance of a latent that is one vector."""
+    """Features [B, n_in, D, H, W], the last ones, and [B, n_cell] cell -> mean and log variance of a latent vector."""
 
     def __init__(self, n_in: int, n_cell: int, coarse: int, model: ModelConfig, style: Style) -> None:
         super().__init__()
@@ -143,51 +147,54 @@ class VectorHead(nn.Module):
         self.cell = nn.Linear(n_cell, N_CELL_FEATURES)
         self.out = _linear(n_in * coarse**3 + N_CELL_FEATURES, 2 * model.latent, model.hidden, style)
 
-    def forward(self, grid: Tensor, cell: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
-        grid = fourier_resample(grid, self.coarse)
+    def forward(self, grids: Sequence[Tensor], cell: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+        grid = fourier_resample(grids[-1], self.coarse)
         mean, log_variance = self.out(torch.cat([grid.flatten(1), self.cell(cell)], dim=1)).chunk(2, dim=1)
         return mean, log_variance
 
 
 class VectorRoot(nn.Module):
-    """[B, latent] -> the decoder's first grid [B, n_out, coarse, coarse, coarse] and the composition [B, E]."""
+    """[B, latent] -> the decoder's first grid [B, n_out, coarse, coarse, coarse]."""
 
-    def __init__(self, n_out: int, coarse: int, model: ModelConfig, n_elements: int, style: Style) -> None:
+    def __init__(self, n_out: int, coarse: int, model: ModelConfig, style: Style) -> None:
         super().__init__()
         self.coarse = (n_out, coarse, coarse, coarse)
         self.expand = _linear(model.latent, prod(self.coarse), model.hidden, style)
-        self.composition = nn.Sequential(
-            nn.Linear(model.latent, model.latent), style.activation(), nn.Linear(model.latent, n_elements)
-        )
 
-    def forward(self, latent: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
-        return self.expand(latent).reshape(len(latent), *self.coarse), self.composition(latent)
+    def forward(self, latent: Tensor, shape: Shape) -> Tensor:
+        grid: Tensor = self.expand(latent).reshape(len(latent), *self.coarse)
+        return grid
 
 
 class GridHead(nn.Module):
-    """[B, n_in, D, H, W] features and [B, n_cell] cell -> mean and log variance of a latent with a grid.
+    """Features of all resolutions and [B, n_cell] cell -> mean and log variance of a latent with a grid.
 
-    The latent holds the vector, then the channels of the coarse grid (see `latent_shape`), then zeros of variance 1, which
-    cost nothing, where that grid has fewer than `latent_voxels`.
+    The vector hangs on the means of the features, and so not on the origin. The latent holds it, then the channels of the
+    coarse grid (see `latent_shape`), then zeros of variance 1, which cost nothing, where that grid has fewer than
+    `latent_voxels`.
     """
 
-    def __init__(self, n_in: int, n_cell: int, model: ModelConfig, style: Style) -> None:
+    def __init__(self, n_cell: int, model: ModelConfig, style: Style) -> None:
         super().__init__()
         assert model.latent_voxels is not None
-        self.voxels = model.latent_voxels
+        self.voxels, n_in = model.latent_voxels, model.vae_widths[-1]
         self.cell = nn.Linear(n_cell, n_in)
         self.mix = nn.Sequential(style.activation(), *style.layer(n_in, n_in))
         self.grid = nn.Conv3d(n_in, 2 * model.latent_channels, 1)
         last = nn.Linear(n_in, 2 * model.latent)
-        self.vector = nn.Sequential(nn.Linear(n_in + n_cell, n_in), style.activation(), last)
+        self.vector = nn.Sequential(
+            nn.Linear(sum(model.vae_widths) + n_in + n_cell, 2 * n_in), style.activation(), nn.Linear(2 * n_in, n_in),
+            style.activation(), last,
+        )  # fmt: skip
         for layer in (self.grid, last):
             assert layer.bias is not None
             nn.init.constant_(layer.bias.chunk(2)[1], FIRST_LOG_VARIANCE)
 
-    def forward(self, grid: Tensor, cell: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
-        grid = fourier_resample(grid, latent_shape(shape, self.voxels))
+    def forward(self, grids: Sequence[Tensor], cell: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+        grid = fourier_resample(grids[-1], latent_shape(shape, self.voxels))
         grid = self.mix(grid + _everywhere(self.cell(cell)))
-        vectors = self.vector(torch.cat([grid.mean((2, 3, 4)), cell], dim=1)).chunk(2, dim=1)
+        means = [features.mean((2, 3, 4)) for features in (*grids, grid)]
+        vectors = self.vector(torch.cat([*means, cell], dim=1)).chunk(2, dim=1)
         grids = self.grid(grid).chunk(2, dim=1)
         missing = grids[0].shape[1] * (self.voxels - prod(grid.shape[2:]))
         mean, log_variance = (
@@ -198,23 +205,21 @@ class GridHead(nn.Module):
 
 
 class GridRoot(nn.Module):
-    """[B, latent_size] -> the decoder's first grid [B, n_out, *latent_shape] and the composition [B, E]."""
+    """[B, latent_size] -> the decoder's first grid [B, n_out, *latent_shape]; the vector is told to all of its voxels."""
 
-    def __init__(self, n_out: int, model: ModelConfig, n_elements: int, style: Style) -> None:
+    def __init__(self, n_out: int, model: ModelConfig) -> None:
         super().__init__()
         assert model.latent_voxels is not None
         self.n_vector, self.n_channels, self.voxels = model.latent, model.latent_channels, model.latent_voxels
         self.grid = nn.Conv3d(model.latent_channels, n_out, 1)
         self.vector = nn.Linear(model.latent, n_out)
-        self.count = nn.Sequential(style.activation(), *style.layer(n_out, n_out), nn.Conv3d(n_out, n_elements, 1))
 
-    def forward(self, latent: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+    def forward(self, latent: Tensor, shape: Shape) -> Tensor:
         vector, rest = latent[:, : self.n_vector], latent[:, self.n_vector :]
         coarse = latent_shape(shape, self.voxels)
         grid = rest[:, : self.n_channels * prod(coarse)].reshape(len(latent), self.n_channels, *coarse)
-        grid = self.grid(grid) + _everywhere(self.vector(vector))
-        # The atoms of a crystal are those of its parts: a sum over voxels, in units that need no large weights.
-        return grid, self.count(grid).sum((2, 3, 4)) / self.voxels
+        found: Tensor = self.grid(grid) + _everywhere(self.vector(vector))
+        return found
 
 
 @cache

@@ -149,8 +149,8 @@ def test_names_and_order_of_parameters_stay_for_bundles_that_are_out_there() -> 
     layers = dict.fromkeys(name.rpartition(".")[0] for name in model.state_dict() if "." in name)
     assert list(layers) == [
         "encoder.down.0.0", "encoder.down.1.0", "encoder.head.cell", "encoder.head.out",
-        "decoder.root.expand", "decoder.root.composition.0", "decoder.root.composition.2",
-        "decoder.heads", "decoder.up.1", "decoder.up.3.conv", "decoder.out.conv",
+        "decoder.root.expand", "decoder.heads", "decoder.composition.0", "decoder.composition.2",
+        "decoder.up.1", "decoder.up.3.conv", "decoder.out.conv",
         "unet.first.0", "unet.first.2", "unet.down.0.0.0", "unet.down.0.1", "unet.up.0.conv",
         "unet.gate.0.skip", "unet.gate.0.gate", "unet.gate.0.weight", "unet.merge.0.0", "unet.classifier",
     ]  # fmt: skip
