@@ -231,7 +231,8 @@ def serving(command: list[str], url: str, **environment: str) -> Iterator[None]:
         return False
 
     quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}  # nobody reads its pipes
-    with started([sys.executable, "-m", "mlflow", *command], **quiet, **environment) as process:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # MLflow looks for uvicorn by name there
+    with started([sys.executable, "-m", "mlflow", *command], **quiet, PATH=path, **environment) as process:
         wait_until(answers, process)
         yield
 
