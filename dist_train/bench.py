@@ -19,7 +19,8 @@ from scipy.optimize import linear_sum_assignment
 from threadpoolctl import threadpool_limits
 
 from dist_train.config import GridSpec
-from dist_train.crystal.decode import Fields, decode
+from dist_train.crystal.decode import Fields
+from dist_train.crystal.decode_box import decode_frame
 from dist_train.crystal.frames import grid_shape, placed, representable
 from dist_train.crystal.lattice import from_lengths_angles, periodic_distances
 from dist_train.crystal.parquet import read_parquet_rows
@@ -222,7 +223,7 @@ def ideal_fields(crystal: Crystal, spec: GridSpec) -> Fields:
     """The true occupancy and species of a crystal."""
     grid = voxelize(crystal, spec)
     labelled = (grid.species_DHW > 0).astype(np.float32)
-    return crystal.id, grid.density_CDHW[0], grid.species_DHW, labelled, crystal.lattice_A
+    return crystal.id, grid.density_CDHW[0], grid.species_DHW, labelled, crystal.lattice_A, None
 
 
 def damaged_fields(crystal: Crystal, ideal: Fields, correlation_A: float, rng: np.random.Generator) -> Fields:
@@ -231,7 +232,7 @@ def damaged_fields(crystal: Crystal, ideal: Fields, correlation_A: float, rng: n
     correlation_A: width in angstrom of the Gaussian that the noise is smoothed with. A flipped label becomes another element
     of the crystal, or none.
     """
-    id, density, species, _, lattice = ideal
+    id, density, species, _, lattice, _ = ideal
     density = smoothed(density, lattice, 0.3)
     noise = smoothed(rng.standard_normal(density.shape), lattice, correlation_A)
     density = density + BENCH_NOISE * density.max() * noise / noise.std()
@@ -239,7 +240,7 @@ def damaged_fields(crystal: Crystal, ideal: Fields, correlation_A: float, rng: n
     turn = rng.integers(1, len(present), species.shape)
     other = present[(np.searchsorted(present, species) + turn) % len(present)]
     species = np.where(rng.random(species.shape) < BENCH_FLIPPED, other, species)
-    return id, density.astype(np.float32), species, (species > 0).astype(np.float32), lattice
+    return id, density.astype(np.float32), species, (species > 0).astype(np.float32), lattice, None
 
 
 def smoothed(field_DHW: np.ndarray, lattice_A: np.ndarray, width_A: float) -> np.ndarray:
@@ -254,11 +255,11 @@ def _decode_each(
     crystals: Sequence[Crystal], fields: Sequence[Fields], spec: GridSpec
 ) -> tuple[list[float], list[float | None]]:
     """Seconds of each decode, and its RMS position error in angstrom, None where atoms or species are not exact."""
-    decode(*fields[0], spec)
+    decode_frame(fields[0], spec, "occupancy")
     times, errors = [], []
     for crystal, field in zip(crystals, fields):
         began = time.perf_counter()
-        found = decode(*field, spec).crystal
+        found = decode_frame(field, spec, "occupancy").crystal
         times.append(time.perf_counter() - began)
         errors.append(_position_error(found, crystal))
     return times, errors

@@ -13,7 +13,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from dist_train.errors import ConfigError
 
-ADAPTIVE_MULTIPLE = 8
 """Adaptive grids have a multiple of this many voxels along each axis."""
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -61,7 +60,9 @@ class GridSpec(Section):
     """'cell': fractional grid of the cell, periodic. 'window': Cartesian cube cut from the infinite crystal.
     'unit': Cartesian cube around the atoms of one cell, without periodic images."""
     shape: Annotated[int, Field(ge=12, le=128)] | Literal["adaptive"] = 32
-    """Voxels along every axis; 'adaptive', for cells: along each axis edge over spacing, rounded up to a multiple of 8."""
+    """Voxels along every axis; 'adaptive', for cells: along each axis edge over spacing, rounded up to a `multiple`."""
+    multiple: Annotated[int, Field(ge=2, le=32)] = 8
+    """Edges of an adaptive grid are multiples of so many voxels: what the networks halve n times needs 2^n of them."""
     box_A: Positive = 9.3
     """Edge in angstrom of the cube of a window or unit, from its first voxel to its last."""
     max_spacing_A: Positive = 0.3
@@ -455,6 +456,19 @@ class TrackingConfig(Section):
         return self
 
 
+class PriorConfig(Section):
+    """What samples are drawn from; fitted to the latents of the training crystals when a run ends."""
+
+    kind: Literal["flow", "gaussian"] = "flow"
+    """'gaussian': one of full covariance. 'flow': a small network that carries noise to latents (see `models.flow`)."""
+    width: Count = 384
+    """Of the flow's layers."""
+    depth: Count = 3
+    """Blocks of the flow."""
+    steps: Count = 2000
+    """Steps of its training, on batches of 512 latents: about two minutes on one CPU core."""
+
+
 class RunConfig(Section):
     """A whole run: voxelising, training, tracking."""
 
@@ -466,6 +480,7 @@ class RunConfig(Section):
     grid: GridSpec = GridSpec()
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
+    prior: PriorConfig = PriorConfig()
     engine: EngineConfig = EngineConfig()
     tracking: TrackingConfig = TrackingConfig()
 
@@ -497,10 +512,8 @@ class RunConfig(Section):
                     f"model.coarse {model.coarse} is for grid.frame 'cell', this is {grid.frame!r}: set it to null"
                 )
         elif grid.shape == "adaptive":
-            if 2**halvings > ADAPTIVE_MULTIPLE:
-                raise ConfigError(
-                    f"grid.shape 'adaptive' gives multiples of {ADAPTIVE_MULTIPLE} voxels, {2**halvings} are needed {told}"
-                )
+            if grid.multiple % 2**halvings:
+                raise ConfigError(f"grid.multiple {grid.multiple} must be a multiple of {2**halvings} {told}")
         elif grid.shape % 2**halvings:
             raise ConfigError(f"grid.shape {grid.shape} must be a multiple of {2**halvings} {told}")
 

@@ -17,7 +17,7 @@ from dist_train.crystal.structure import Crystal
 from dist_train.errors import CrystalError
 from dist_train.models.reconstruct import Codec
 
-BATCH = 32
+BATCH, FLOW_BATCH = 32, 1024
 
 
 def _batches(items: Sequence[Crystal]) -> Iterator[Sequence[Crystal]]:
@@ -45,10 +45,17 @@ def decode(codec: Codec, latent_NL: Tensor, ids: Sequence[str], workers: int = 1
 
 
 def sample_latents(codec: Codec, n: int, seed: int) -> Tensor:
-    """[n, latent] draws from the Gaussian that was fitted to the training crystals' latents; same seed, same draws."""
-    generator = torch.Generator().manual_seed(seed % 2**63)
-    noise = torch.randn(n, codec.model.model.latent_size, generator=generator)
-    return codec.model.prior_mean.cpu().float() + noise @ codec.model.prior_cholesky.cpu().float().T
+    """[n, latent] draws from what was fitted to the training crystals' latents, the bundle's flow or else a Gaussian.
+
+    Same seed, same draws, however many.
+    """
+    model, generator = codec.model, torch.Generator().manual_seed(seed % 2**63)
+    noise = torch.randn(n, model.model.latent_size, generator=generator)
+    mean = model.prior_mean.cpu().float()
+    if model.flow is None:
+        return mean + noise @ model.prior_cholesky.cpu().float().T
+    drawn = [model.flow.carry(part.to(codec.device)).cpu().float() for part in torch.split(noise, FLOW_BATCH)]
+    return mean + model.latent_scale * torch.cat([*drawn, noise[:0]])
 
 
 def interpolate_latents(start_L: Tensor, stop_L: Tensor, steps: int) -> Tensor:

@@ -91,7 +91,7 @@ def test_overrides_read_yaml_values() -> None:
         ("train.epoch=3", "train.epoch = 3: unknown key; did you mean 'epochs'?"),
         ("trian.epochs=3", "did you mean 'train'?"),
         ("train.loss.specie=1", "train.loss.specie = 1: unknown key; did you mean 'species'?"),
-        ("grid.qqqqqq=1", "grid.qqqqqq = 1: unknown key; known keys: frame, shape, box_A"),
+        ("grid.qqqqqq=1", "grid.qqqqqq = 1: unknown key; known keys: frame, shape, multiple"),
         ("train.epochs=many", "train.epochs = 'many': input should be a valid integer"),
         ("train.epochs=2.5", "train.epochs = 2.5: input should be a valid integer"),
         ("train.epochs=0", "train.epochs = 0: input should be greater than or equal to 1"),
@@ -134,8 +134,9 @@ def test_boxes_are_filled_up_and_have_no_coarse_grid_of_their_own() -> None:
 def test_adaptive_grids_can_be_halved_three_times() -> None:
     load_config(None, ("grid.shape=adaptive", "model.unet_levels=4")).check_halvings()
     for deep in ("model.unet_levels=5", "model.vae_widths=[1, 2, 3, 4]"):
-        with pytest.raises(ConfigError, match="'adaptive' gives multiples of 8 voxels, 16 are needed"):
+        with pytest.raises(ConfigError, match=r"grid\.multiple 8 must be a multiple of 16 for "):
             load_config(None, ("grid.shape=adaptive", deep)).check_halvings()
+        load_config(None, ("grid.shape=adaptive", "grid.multiple=16", deep)).check_halvings()
 
 
 def test_model_presets_can_be_changed() -> None:

@@ -26,9 +26,9 @@ def codec() -> Codec:
     torch.manual_seed(0)
     grid = GridSpec(shape=12, max_spacing_A=0.5, channels=("occupancy", "period"))
     statistics = Statistics((0.1,) * 8, (0.5,) * 8, (1.4,) * 3 + (0.0,) * 3, (0.1,) * 6, math.log(5), 1.0)
-    sizes = ModelConfig(latent=6, vae_widths=(4, 8), unet_width=4, unet_levels=2)
+    sizes = ModelConfig(latent=10, vae_widths=(4, 8), unet_width=4, unet_levels=2)
     codec = Codec(CrystalAutoencoder(grid, sizes, (8, 22, 56), statistics))
-    codec.model.prior_cholesky.copy_(torch.diag(torch.arange(1.0, 7.0)))
+    codec.model.prior_cholesky.copy_(torch.diag(torch.arange(1.0, 11.0)))
     return codec
 
 
@@ -74,7 +74,7 @@ def test_a_bad_crystal_is_an_error_in_its_row_alone(codec: Codec, cifs: list[str
 
 
 def test_a_bad_latent_is_an_error_in_its_row_alone(codec: Codec) -> None:
-    good = json.dumps([0.1] * 6)
+    good = json.dumps([0.1] * 10)
     first, *bad, last = rows(codec, {"latent": [good, *BAD_LATENTS, good]}, task="decode")
     assert first == last
     assert first["latent"]
@@ -85,7 +85,7 @@ def test_a_bad_latent_is_an_error_in_its_row_alone(codec: Codec) -> None:
 
 def test_latents_far_from_all_crystals_are_no_failure(codec: Codec) -> None:
     for size in (1e3, 1e20, 3e38):
-        (row,) = rows(codec, {"latent": [json.dumps([size] * 6)]}, task="decode")
+        (row,) = rows(codec, {"latent": [json.dumps([size] * 10)]}, task="decode")
         assert bool(row["cif"]) != bool(row["error"])
 
 
@@ -119,7 +119,7 @@ def test_altered_crystals_lie_at_the_radius(codec: Codec, cifs: list[str]) -> No
     found = rows(codec, {"cif": cifs[:1]}, **params)
     assert found == rows(codec, {"cif": cifs[:1]}, **params)
     for near in latents(found):
-        assert ((near - centre) / torch.arange(1.0, 7.0)).norm().item() == pytest.approx(0.5, rel=1e-3)
+        assert ((near - centre) / torch.arange(1.0, 11.0)).norm().item() == pytest.approx(0.5, rel=1e-3)
     others = rows(codec, {"cif": cifs[:1]}, **params | {"seed": 4})
     assert len({row["latent"] for row in found + others}) == 8
     (unmoved,) = latents(rows(codec, {"latent": [json.dumps(centre.tolist())]}, task="alter", radius=0.0))

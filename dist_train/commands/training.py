@@ -29,7 +29,9 @@ from dist_train.generate import encode
 from dist_train.model_card import environment
 from dist_train.models.autoencoder import CrystalAutoencoder, Statistics, cell_numbers, check_grid
 from dist_train.models.export import start_from, write_bundle
+from dist_train.models.flow import fit_flow
 from dist_train.models.reconstruct import Codec
+from dist_train.progress import Progress
 from dist_train.ranks import place
 from dist_train.shards.index import Index
 from dist_train.shards.prefetch import check_room, fetched
@@ -332,7 +334,7 @@ def _finish(
     """Rank 0, after the last step: the bundle with its prior, and the pictures."""
     model = engine.averaged()
     codec = Codec(model)
-    _fit_prior(codec, reader)
+    _fit_prior(codec, reader, config)
     digests = whole(lambda place: digest(reader.crystal(place)), fetched(reader, min(len(reader), MAX_DIGESTS)))
     about = {
         "step": state.step,
@@ -368,11 +370,18 @@ def _last_validation(spool: Path) -> dict[str, float]:
     return {name: value for name, value in found[-1].items() if name.startswith("val/")} if found else {}
 
 
-def _fit_prior(codec: Codec, reader: ShardReader) -> None:
-    """Fit the Gaussian that samples are drawn from to the latents of the training crystals."""
+def _fit_prior(codec: Codec, reader: ShardReader, config: RunConfig) -> None:
+    """Fit what samples are drawn from to the latents of the training crystals."""
     latents = encode(codec, whole(reader.crystal, fetched(reader, min(len(reader), PRIOR_SAMPLES)))).cpu().double()
     centred = latents - latents.mean(0)
     covariance = centred.T @ centred / max(len(latents) - 1, 1)
     ridge = 1e-6 * covariance.diagonal().mean().clamp(min=1e-6) * torch.eye(len(covariance), dtype=torch.float64)
     codec.model.prior_mean.copy_(latents.mean(0))
     codec.model.prior_cholesky.copy_(torch.linalg.cholesky(covariance + ridge))
+    prior = config.prior
+    if prior.kind == "flow":
+        with Progress("prior", prior.steps, "steps") as bar:
+            codec.model.flow = fit_flow(
+                (centred / codec.model.latent_scale).float().to(codec.device), prior.width, prior.depth, prior.steps,
+                config.seed, lambda error: bar.update(error=f"{error:.3f}"),
+            )  # fmt: skip

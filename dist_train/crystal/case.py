@@ -65,5 +65,5 @@ def ceiling(case: Case, spec: GridSpec, channel: Channel) -> Decoded:
         return decode_frame(case.refusal, spec, channel)
     grid = voxelize(case.crystal, spec.model_copy(update={"channels": (channel,)}))
     labelled = (grid.species_DHW > 0).astype(np.float32)
-    fields = (case.crystal.id, grid.density_CDHW[0], grid.species_DHW, labelled, case.crystal.lattice_A)
+    fields = (case.crystal.id, grid.density_CDHW[0], grid.species_DHW, labelled, case.crystal.lattice_A, None)
     return decode_frame(fields, spec, channel)

@@ -5,12 +5,14 @@
 2. Voxels are taken as atoms from the highest score down; a taken atom suppresses the voxels near it.
 3. Positions start at the centre of the votes and are refined on the density, each start and each frequency of the density
    weighed by its error (see `refine`). Density left over at a labelled voxel is another atom, and all are refined anew.
+4. Where an estimate of the composition is given, it is weighed against the votes: in how many atoms there are, and in which
+   element each is.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,11 +27,24 @@ from dist_train.crystal.voxelize import code_table, voxelize
 
 FloatArray = NDArray[np.float64]
 Channel = Literal["occupancy", "z_density"]
-Fields = tuple[str, NDArray[np.float32], NDArray[np.integer], NDArray[np.float32], FloatArray]
-"""The first five arguments of `decode`."""
 
-MIN_SCORE = 0.35
-"""Share of the ball's votes below which a voxel is no atom."""
+
+class Estimate(NamedTuple):
+    """Of the atoms in a cell, as a network makes it; no whole numbers. atoms: all; composition_Z: of each atomic number."""
+
+    atoms: float
+    composition_Z: NDArray[np.floating]
+
+
+Fields = tuple[str, NDArray[np.float32], NDArray[np.integer], NDArray[np.float32], FloatArray, Estimate | None]
+"""What `decode` takes: id, density, species, probability of an atom, lattice; and estimate."""
+
+MIN_SCORE, LEAST_SCORE = 0.35, 0.1
+"""Share of the ball's votes below which a voxel is no atom, and below which not even a count of atoms makes it one."""
+SCORE_ERROR, COUNT_ERROR = 0.05, 0.15
+"""How sharply that limit divides, and the standard deviation of an estimated count: one is weighed against the other."""
+LEAST_SHARE, COMPOSITION_ERROR = 0.02, 0.3
+"""Share of the votes that an element has that nobody voted for; standard deviation of an estimated composition."""
 MIN_DENSITY, CLEAR_SCORE = 0.2, 0.6
 """Density, in heights of an atom, below which a voxel is no atom, unless its score is clear."""
 LIKE_RADII, UNLIKE_RADII = 1.6, 1.2
@@ -69,12 +84,13 @@ def decode(
     lattice_A: FloatArray,
     spec: GridSpec,
     channel: Channel = "occupancy",
+    estimate: Estimate | None = None,
 ) -> Decoded:
     """The crystal in a periodic `cell` grid.
 
     density_DHW: a density channel, which tells where exactly atoms are; species_DHW: the most probable element of each
     voxel, were there an atom (0: none); atom_probability_DHW: probability of any atom, 0-1 (`votes` makes these two of
-    logits); lattice_A: [3, 3] rows in angstrom; channel: which one the density is.
+    logits); lattice_A: [3, 3] rows in angstrom; channel: which one the density is; estimate: of the atoms.
     Fields that hold no crystal (nothing found, not finite, absurdly many atoms) give an empty result with the reason.
     """
     nothing = np.zeros(0)
@@ -90,13 +106,16 @@ def decode(
     density = np.ascontiguousarray(density_DHW, np.float32)
     heights = code_table(spec.model_copy(update={"channels": (channel,)}))[:, 0]
     most = min(spec.max_atoms, int(MAX_ATOMS_PER_A3 * abs(np.linalg.det(lattice_A))))
-    voxels, scores = grid.find(density, heights, most + 1)
+    voxels, scores = grid.find(density, heights, most + 1, estimate)
     if not len(voxels):
         return Decoded(None, nothing, f"no atom found: no voxel with any density scores {MIN_SCORE} or more")
     if len(voxels) > most:
         return Decoded(None, nothing, f"over {most} atoms found, more than the cell or the spec can hold")
-    cart, numbers, scores = grid.fit(voxels, scores, density, heights, most)
+    likely = most if estimate is None else min(most, round(estimate.atoms))
+    cart, numbers, scores = grid.fit(voxels, scores, density, heights, likely)
     frac = wrap(cart @ np.linalg.inv(lattice_A))
+    if estimate is not None:
+        numbers = _likeliest_elements(numbers, grid.shares(frac), estimate.composition_Z)
     apart = grid.apart(frac, scores)
     return Decoded(Crystal(id, lattice_A, frac[apart], numbers[apart]), scores[apart])
 
@@ -124,6 +143,34 @@ def _lattice_fault(lattice_A: FloatArray) -> str:
     return ""
 
 
+def _likeliest_count(scores: FloatArray, count: float) -> int:
+    """How many of the highest scores, which fall, are atoms: log-odds of each, and of their number by an estimate of it."""
+    odds = np.concatenate([[0.0], np.cumsum((scores - MIN_SCORE) / SCORE_ERROR)])
+    return int(np.argmax(odds - 0.5 * ((np.arange(len(odds)) - count) / COUNT_ERROR) ** 2))
+
+
+def _likeliest_elements(
+    numbers_N: NDArray[np.int64], shares_NZ: FloatArray, composition_Z: NDArray[np.floating]
+) -> NDArray[np.int64]:
+    """Atomic numbers by the votes around each atom and an estimate of the composition, from those of the votes alone.
+
+    One atom after another becomes another element, whichever change is best, while that makes all of it likelier.
+    """
+    votes_NZ = np.log(np.maximum(shares_NZ, LEAST_SHARE))
+    votes_NZ[:, 0] = -np.inf
+    numbers, atoms = numbers_N.copy(), np.arange(len(numbers_N))
+    while True:
+        # An atom more of an element, or less, changes its squared error by 1 +- 2 (found - estimated).
+        over_Z = np.bincount(numbers, minlength=MAX_Z + 1) - composition_Z
+        more_Z, less_Z = ((1.0 + sign * 2.0 * over_Z) / (2.0 * COMPOSITION_ERROR**2) for sign in (1.0, -1.0))
+        gain_NZ = votes_NZ - votes_NZ[atoms, numbers][:, None] - more_Z - less_Z[numbers][:, None]
+        gain_NZ[atoms, numbers] = 0.0
+        atom, number = np.unravel_index(gain_NZ.argmax(), gain_NZ.shape)
+        if gain_NZ[atom, number] <= 1e-9:
+            return numbers
+        numbers[atom] = number
+
+
 class _Grid:
     """The votes of the voxels of a cell, and atoms found among them."""
 
@@ -141,10 +188,11 @@ class _Grid:
         self.ball = offsets[np.linalg.norm(offsets @ self.basis, axis=1) <= spec.radius_A]
 
     def find(
-        self, density: NDArray[np.float32], heights: NDArray[np.float32], most: int
+        self, density: NDArray[np.float32], heights: NDArray[np.float32], most: int, estimate: Estimate | None
     ) -> tuple[NDArray[np.int64], FloatArray]:
         """Voxels [N, 3] at the peaks of the votes, at most `most`, and their scores [N], from the highest down."""
-        voxels, votes = labels.candidates(self.species, self.probability, self.ball, MIN_SCORE, True)
+        least = MIN_SCORE if estimate is None else LEAST_SCORE
+        voxels, votes = labels.candidates(self.species, self.probability, self.ball, least, True)
         scores = votes / len(self.ball)
         numbers = self.species[tuple(voxels.T)].astype(np.int64)
         # Where labels are wrong at random, some balls hold many of one element by chance, but no density.
@@ -153,7 +201,9 @@ class _Grid:
         order = np.argsort(-scores, kind="stable")
         voxels, scores, numbers = voxels[order], scores[order], numbers[order]
         kept = labels.suppress(voxels / self.shape, numbers, self.lattice, self.images, self.like, self.unlike, most)
-        return voxels[kept], scores[kept]
+        voxels, scores = voxels[kept], scores[kept]
+        atoms = len(scores) if estimate is None else _likeliest_count(scores, estimate.atoms)
+        return voxels[:atoms], scores[:atoms]
 
     def fit(
         self, voxels: NDArray[np.int64], scores: FloatArray, density: NDArray[np.float32], heights: NDArray[np.float32],
@@ -173,6 +223,14 @@ class _Grid:
             numbers = np.concatenate([numbers, self.species[place].astype(np.int64)])
             scores = np.concatenate([scores, self.probability[place]])
         return refine(cart, errors, density, self.lattice, self.spec.sigma_A, heights[numbers]).cart_N3, numbers, scores
+
+    def shares(self, frac: FloatArray) -> FloatArray:
+        """[N, MAX_Z + 1] share of the votes of each element in the ball around each atom."""
+        places = (np.rint(frac * self.shape).astype(np.int64)[:, None] + self.ball) % self.shape
+        found = np.zeros((len(frac), MAX_Z + 1))
+        place = tuple(np.moveaxis(places, 2, 0))
+        np.add.at(found, (np.arange(len(frac))[:, None], self.species[place]), self.probability[place])
+        return found / len(self.ball)
 
     def apart(self, frac: FloatArray, scores: FloatArray) -> NDArray[np.int64]:
         """Indices of the atoms but those nearer than the spec's least distance to one of a higher score.

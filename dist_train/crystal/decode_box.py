@@ -70,7 +70,7 @@ def decode_frame(fields: Fields | str, spec: GridSpec, channel: Channel) -> Deco
     if isinstance(fields, str):
         return Decoded(None, np.zeros(0), fields)
     if spec.frame == "cell":
-        return decode(*fields, spec, channel)
+        return decode(*fields[:5], spec, channel, fields[5])
     found = decode_box(*fields[:4], spec, channel)
     return replace(found, reason=NO_LATTICE) if spec.frame == "unit" and not found.reason else found
 

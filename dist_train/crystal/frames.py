@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from dist_train.config import ADAPTIVE_MULTIPLE, GridSpec
+from dist_train.config import GridSpec
 from dist_train.crystal.canonical import canonical
 from dist_train.crystal.elements import SYMBOLS
 from dist_train.crystal.lattice import compact_lattice, shortest_distances
@@ -37,7 +37,7 @@ def grid_shape(lattice_A: NDArray[np.float64], spec: GridSpec) -> tuple[int, int
                 f"at most {spec.max_spacing_A} A is allowed"
             )
         return (spec.shape,) * 3
-    d, h, w = (ADAPTIVE_MULTIPLE * ceil(e / spec.max_spacing_A / ADAPTIVE_MULTIPLE) for e in edges.tolist())
+    d, h, w = (spec.multiple * ceil(edge / spec.max_spacing_A / spec.multiple) for edge in edges.tolist())
     if d * h * w > spec.max_voxels:
         raise CrystalError(f"{d} x {h} x {w} = {d * h * w} voxels are needed, at most {spec.max_voxels} are allowed")
     return d, h, w

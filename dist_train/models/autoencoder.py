@@ -16,8 +16,9 @@ from dist_train.crystal.structure import Crystal
 from dist_train.crystal.voxelize import Shape, n_channels
 from dist_train.errors import ModelError
 from dist_train.models.blocks import Style
+from dist_train.models.flow import LatentFlow
 from dist_train.models.unet import AttentionUNet
-from dist_train.models.vae import Decoder, Decoding, Encoder, Latent
+from dist_train.models.vae import N_CELL, N_SHAPE, Decoder, Decoding, Encoder, Latent
 
 GATE_SHARPNESS, GATE_FLOOR = 8.0, 0.002
 USUAL_EDGE = 32
@@ -89,12 +90,24 @@ class CrystalAutoencoder(nn.Module):
         channels, edge = n_channels(grid), USUAL_EDGE if grid.shape == "adaptive" else grid.shape
         coarse = model.coarse or -(-edge // 2**model.halvings)
         adaptive = grid.shape == "adaptive"
+        known = N_CELL + N_SHAPE * adaptive
+        if model.latent < known:
+            raise ModelError(
+                f"model.latent {model.latent} can't hold the {known} numbers of cell and shape: give {known} or more"
+            )
         self.encoder = Encoder(channels, coarse, model, adaptive, style)
         self.decoder = Decoder(channels, coarse, model, len(elements), adaptive, style)
         self.unet = AttentionUNet(channels, 1 + len(elements), model.unet_width, model.unet_levels, style)
         # The Gaussian of the training crystals' latents, fitted after training: N(0, I) is a poor prior (see generate).
         self.register_buffer("prior_mean", torch.zeros(model.latent_size))
         self.register_buffer("prior_cholesky", torch.eye(model.latent_size))
+        self.flow: LatentFlow | None = None
+        """From noise to latents over `latent_scale`, the Gaussian's mean taken away; fitted after training, too."""
+
+    @property
+    def latent_scale(self) -> float:
+        """Root mean square of the training crystals' latents around their mean."""
+        return float((self.prior_cholesky.square().sum() / len(self.prior_cholesky)).sqrt())
 
     def encode(self, density_BCDHW: Tensor, cell_B6: Tensor) -> Latent:
         """Posterior of standardised inputs; the grids may have any shape that `RunConfig.check_halvings` takes."""
@@ -124,6 +137,7 @@ class CrystalAutoencoder(nn.Module):
             "model": self.model.model_dump(mode="json"),
             "elements": list(self.elements),
             "statistics": asdict(self.statistics),
+            "flow": self.flow and {"width": self.flow.width, "depth": self.flow.depth},
         }
 
     @classmethod
@@ -132,12 +146,15 @@ class CrystalAutoencoder(nn.Module):
         statistics: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in config["statistics"].items()
         }
-        return cls(
+        model = cls(
             GridSpec.model_validate(config["grid"]),
             ModelConfig.model_validate(config["model"]),
             tuple(config["elements"]),
             Statistics(**statistics),
         )
+        if flow := config.get("flow"):
+            model.flow = LatentFlow(model.model.latent_size, flow["width"], flow["depth"])
+        return model
 
 
 def check_grid(grid: GridSpec) -> tuple[Literal["occupancy", "z_density"], int]:

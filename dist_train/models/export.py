@@ -100,6 +100,7 @@ def start_from(folder: Path, grid: GridSpec, model: ModelConfig, elements: tuple
         if differing:
             told = "; ".join(f"{key} is {there[key]} there, {here[key]} here" for key in differing)
             raise ModelError(f"train.init_from {folder} has another {name}: {told}; name another bundle or change {name}")
+    found.flow = None
     return found.train()
 
 

@@ -12,27 +12,30 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_train.crystal import decode as decoding
-from dist_train.crystal.decode import Decoded
+from dist_train.crystal.decode import Decoded, Estimate
 from dist_train.crystal.decode_box import decode_frame
+from dist_train.crystal.elements import MAX_Z
 from dist_train.crystal.lattice import from_lengths_angles
 from dist_train.crystal.structure import Crystal
 from dist_train.crystal.voxelize import Shape, voxelize
 from dist_train.errors import CrystalError
 from dist_train.models.autoencoder import CrystalAutoencoder, Standardiser, cell_numbers, cell_parameters, check_grid
-from dist_train.models.vae import shape_of
+from dist_train.models.vae import Decoding, shape_of
 
 
 @dataclass(frozen=True)
 class Fields:
     """What the networks say of one crystal, in physical units.
 
-    density_CDHW; species_DHW: most probable element of each voxel; probability_DHW: of any atom; parameters_6: cell.
+    density_CDHW; species_DHW: most probable element of each voxel; probability_DHW: of any atom; parameters_6: cell;
+    estimate: of the atoms.
     """
 
     density_CDHW: NDArray[np.float32]
     species_DHW: NDArray[np.uint8]
     probability_DHW: NDArray[np.float32]
     parameters_6: NDArray[np.float64]
+    estimate: Estimate
 
 
 class Codec:
@@ -97,7 +100,14 @@ class Codec:
             species.cpu().numpy(),
             probability.cpu().numpy(),
             cell_parameters(self.scale.physical_cell(decoding.cell_B6).cpu().numpy()),
+            self._estimates(decoding),
         )
+
+    def _estimates(self, decoding: Decoding) -> Iterator[Estimate]:
+        counts = (decoding.log_count_B.float() * self.scale.count_std + self.scale.count_mean).exp().tolist()
+        compositions = torch.zeros(len(counts), MAX_Z + 1)
+        compositions[:, list(self.model.elements)] = decoding.composition_BE.float().cpu()
+        return map(Estimate, counts, compositions.numpy())
 
     def crystals(self, latent_BL: Tensor, ids: Sequence[str]) -> list[Decoded]:
         """A decoded crystal, or the reason that there is none, for each latent."""
@@ -119,7 +129,8 @@ class Codec:
     def _images(self, id: str, fields: Fields) -> decoding.Fields:
         cell = self.model.grid.frame == "cell"
         lattice = from_lengths_angles(fields.parameters_6) if cell else np.zeros((3, 3))
-        return id, fields.density_CDHW[self.channel_place], fields.species_DHW, fields.probability_DHW, lattice
+        density = fields.density_CDHW[self.channel_place]
+        return id, density, fields.species_DHW, fields.probability_DHW, lattice, fields.estimate
 
     def _shape(self, parameters_6: NDArray[np.float64], shape_numbers: NDArray[np.floating]) -> Shape | str:
         spec = self.model.grid
@@ -130,7 +141,7 @@ class Codec:
                 return str(error)
         if spec.shape != "adaptive":
             return (spec.shape,) * 3
-        shape = shape_of(shape_numbers)
+        shape = shape_of(shape_numbers, spec.multiple)
         if prod(shape) > spec.max_voxels:
             return f"{' x '.join(map(str, shape))} voxels are decoded, at most {spec.max_voxels} are allowed"
         return shape

@@ -18,18 +18,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from dist_train.config import ADAPTIVE_MULTIPLE, ModelConfig
+from dist_train.config import ModelConfig
 from dist_train.crystal.voxelize import Shape
 from dist_train.models.blocks import Residual, Style, fourier_resample, padded, run, run_layers
 
 N_CELL = 6
 """Cell parameters: the logarithms of a, b, c and the cosines of alpha, beta, gamma, standardised."""
 N_CELL_FEATURES = 64
-N_SHAPE = 3
-"""Numbers that say the shape of an adaptive grid (see `shape_numbers`)."""
+N_SHAPE, USUAL_VOXELS = 3, 16
+"""Numbers that say the shape of an adaptive grid (see `shape_numbers`), and the edge for which they are 0."""
 LEAST_LOG_VARIANCE, MOST_LOG_VARIANCE = -12.0, 6.0
 FIRST_LOG_VARIANCE = -6.0
-"""Where a latent with a grid begins: with variance 1, the small numbers of its first steps would drown in noise."""
+"""Where numbers of a latent begin that are near the truth from the first: with variance 1, they would drown in noise."""
 
 
 class Latent(NamedTuple):
@@ -63,7 +63,11 @@ class Numbers(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """[B, C, D, H, W] density and [B, 6] cell -> Latent. coarse: voxels along each axis of the last grid."""
+    """[B, C, D, H, W] density and [B, 6] cell -> Latent. coarse: voxels along each axis of the last grid.
+
+    The latent begins with the cell and the shape of an adaptive grid, and what the network adds to them: nobody has to learn
+    what is known, and a wrong shape would be a wrong crystal.
+    """
 
     recompute = False
 
@@ -91,7 +95,8 @@ class Encoder(nn.Module):
         shape = d, h, w
         numbers = torch.cat([cell_B6, shape_numbers(shape, cell_B6)], dim=1) if self.adaptive else cell_B6
         mean, log_variance = self.head(grids[1:], numbers, shape)
-        return Latent(mean, log_variance.clamp(LEAST_LOG_VARIANCE, MOST_LOG_VARIANCE))
+        known = pad(numbers, (0, mean.shape[1] - numbers.shape[1]))
+        return Latent(mean + known, log_variance.clamp(LEAST_LOG_VARIANCE, MOST_LOG_VARIANCE))
 
 
 class Decoder(nn.Module):
@@ -108,9 +113,12 @@ class Decoder(nn.Module):
         self.root: GridRoot | VectorRoot = (
             GridRoot(widths[-1], model) if model.latent_voxels else VectorRoot(widths[-1], coarse, model, style)
         )
-        self.heads = nn.Linear(model.latent, N_CELL + 1 + N_SHAPE * adaptive)
-        self.composition = nn.Sequential(
-            nn.Linear(model.latent, model.latent), style.activation(), nn.Linear(model.latent, n_elements)
+        self.n_known = N_CELL + N_SHAPE * adaptive
+        self.known = nn.Linear(model.latent, self.n_known)
+        nn.init.zeros_(self.known.weight)
+        nn.init.zeros_(self.known.bias)
+        self.atoms = nn.Sequential(
+            nn.Linear(model.latent, model.latent), style.activation(), nn.Linear(model.latent, 1 + n_elements)
         )
         self.n_vector = model.latent
         whole = len(widths) - model.halvings
@@ -129,13 +137,14 @@ class Decoder(nn.Module):
             self.root(latent, shape), (-(-d // self.multiple), -(-h // self.multiple), -(-w // self.multiple))
         )
         density = run(self.recompute, self.out, run_layers(self.recompute, self.up, grid))
-        composition = self.composition(latent[:, : self.n_vector])
+        composition = self.atoms(latent[:, : self.n_vector])[:, 1:]
         return Decoding(density[:, :, :d, :h, :w], composition, *self.numbers(latent))
 
     def numbers(self, latent: Tensor) -> Numbers:
         """Of the latent's vector alone: how its grid is to be read follows from them."""
-        numbers = self.heads(latent[:, : self.n_vector])
-        return Numbers(numbers[:, :N_CELL], numbers[:, N_CELL], numbers[:, N_CELL + 1 :])
+        vector = latent[:, : self.n_vector]
+        known = self.known(vector) + vector[:, : self.n_known]
+        return Numbers(known[:, :N_CELL], self.atoms(vector)[:, 0], known[:, N_CELL:])
 
 
 class VectorHead(nn.Module):
@@ -145,7 +154,8 @@ class VectorHead(nn.Module):
         super().__init__()
         self.coarse: Shape = (coarse, coarse, coarse)
         self.cell = nn.Linear(n_cell, N_CELL_FEATURES)
-        self.out = _linear(n_in * coarse**3 + N_CELL_FEATURES, 2 * model.latent, model.hidden, style)
+        self.out, last = _linear(n_in * coarse**3 + N_CELL_FEATURES, 2 * model.latent, model.hidden, style)
+        nn.init.constant_(last.bias[model.latent : model.latent + n_cell], FIRST_LOG_VARIANCE)
 
     def forward(self, grids: Sequence[Tensor], cell: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
         grid = fourier_resample(grids[-1], self.coarse)
@@ -159,7 +169,7 @@ class VectorRoot(nn.Module):
     def __init__(self, n_out: int, coarse: int, model: ModelConfig, style: Style) -> None:
         super().__init__()
         self.coarse = (n_out, coarse, coarse, coarse)
-        self.expand = _linear(model.latent, prod(self.coarse), model.hidden, style)
+        self.expand, _ = _linear(model.latent, prod(self.coarse), model.hidden, style)
 
     def forward(self, latent: Tensor, shape: Shape) -> Tensor:
         grid: Tensor = self.expand(latent).reshape(len(latent), *self.coarse)
@@ -234,16 +244,17 @@ def latent_shape(shape: Shape, voxels: int) -> Shape:
 
 
 def shape_numbers(shape: Shape, like: Tensor) -> Tensor:
-    """[B, 3] logarithms to base 2 of a shape's multiples, for each of the B rows of `like`.
+    """[B, 3] logarithms to base 2 of a shape over USUAL_VOXELS, for each of the B rows of `like`.
 
     A latent says the shape itself: computed from a decoded cell, it would be another one where an edge is near a limit.
     """
-    return torch.tensor(shape, device=like.device).div(ADAPTIVE_MULTIPLE).log2().to(like.dtype).expand(len(like), N_SHAPE)
+    return torch.tensor(shape, device=like.device).div(USUAL_VOXELS).log2().to(like.dtype).expand(len(like), N_SHAPE)
 
 
-def shape_of(numbers_3: NDArray[np.floating]) -> Shape:
-    """The shape that decoded `shape_numbers` are nearest to."""
-    d, h, w = (ADAPTIVE_MULTIPLE * max(1, round(2.0**number)) for number in numbers_3.clip(-1, 8).tolist())
+def shape_of(numbers_3: NDArray[np.floating], multiple: int) -> Shape:
+    """The shape of multiples that decoded `shape_numbers` are nearest to."""
+    edges = USUAL_VOXELS * 2.0 ** numbers_3.clip(-8, 8)
+    d, h, w = (multiple * max(1, round(edge / multiple)) for edge in edges.tolist())
     return d, h, w
 
 
@@ -255,7 +266,7 @@ def _residual(width: int, model: ModelConfig, style: Style) -> list[nn.Module]:
     return [Residual(width, style) for _ in range(model.vae_depth)]
 
 
-def _linear(n_in: int, n_out: int, hidden: int, style: Style) -> nn.Module:
-    if not hidden:
-        return nn.Linear(n_in, n_out)
-    return nn.Sequential(nn.Linear(n_in, hidden), style.activation(), nn.Linear(hidden, n_out))
+def _linear(n_in: int, n_out: int, hidden: int, style: Style) -> tuple[nn.Module, nn.Linear]:
+    """A linear layer, or two with an activation between them, and the last one of these."""
+    last = nn.Linear(hidden or n_in, n_out)
+    return nn.Sequential(nn.Linear(n_in, hidden), style.activation(), last) if hidden else last, last

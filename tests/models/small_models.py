@@ -16,12 +16,12 @@ CPU = torch.device("cpu")
 CUBE = GridSpec(shape=12, channels=("occupancy", "period"))
 ADAPTIVE = GridSpec(shape="adaptive", channels=("occupancy", "period"))
 WINDOW = GridSpec.model_validate({"preset": "paper-window"})
-LIGHT = ModelConfig(latent=6, vae_widths=(4, 8), unet_width=4, unet_levels=2)
+LIGHT = ModelConfig(latent=10, vae_widths=(4, 8), unet_width=4, unet_levels=2)
 PAPER = ModelConfig(
-    latent=6, vae_widths=(4, 4, 8), vae_halvings=2, hidden=10, unet_width=4, unet_levels=3, blocks="paper", norm_groups=2,
+    latent=10, vae_widths=(4, 4, 8), vae_halvings=2, hidden=10, unet_width=4, unet_levels=3, blocks="paper", norm_groups=2,
     gate=False,
 )  # fmt: skip
-SPATIAL = ModelConfig(latent=6, latent_voxels=64, latent_channels=3, vae_widths=(4, 8), vae_depth=1, unet_width=4)
+SPATIAL = ModelConfig(latent=10, latent_voxels=64, latent_channels=3, vae_widths=(4, 8), vae_depth=1, unet_width=4)
 ELEMENTS = (8, 22, 56)
 
 

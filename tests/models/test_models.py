@@ -45,7 +45,7 @@ def randomised(model: CrystalAutoencoder) -> CrystalAutoencoder:
 def test_shapes_from_grid_to_latent_and_back() -> None:
     model = make_model()
     latent = model.encode(torch.randn(2, 8, 12, 12, 12), torch.randn(2, 6))
-    assert latent.mean.shape == latent.log_variance.shape == (2, 6)
+    assert latent.mean.shape == latent.log_variance.shape == (2, LIGHT.latent)
     decoding = model.decode(latent.mean)
     assert decoding.density_BCDHW.shape == (2, 8, 12, 12, 12)
     assert (decoding.cell_B6.shape, decoding.log_count_B.shape, decoding.composition_BE.shape) == ((2, 6), (2,), (2, 3))
@@ -98,7 +98,7 @@ def test_the_coarse_grid_decides_how_large_the_linear_layers_are() -> None:
     model = LIGHT.model_copy(update={"coarse": 2})
     network = make_model(CUBE, model)
     assert network.encoder.head.out.in_features == 8 * 2**3 + 64
-    assert network.decode(torch.randn(1, 6)).density_BCDHW.shape == (1, 8, 12, 12, 12)
+    assert network.decode(torch.randn(1, LIGHT.latent)).density_BCDHW.shape == (1, 8, 12, 12, 12)
 
 
 @pytest.mark.parametrize("shift", [(4, 0, 0), (0, 8, 4)])
@@ -106,10 +106,10 @@ def test_a_spatial_latent_moves_with_the_crystal(shift: Shape) -> None:
     network = make_model(ADAPTIVE, SPATIAL).eval()
     latent = randomised(network).encode(x := torch.randn(2, 8, 16, 16, 16), cell := torch.randn(2, 6)).mean
     moved = network.encode(x.roll(shift, (2, 3, 4)), cell).mean
-    torch.testing.assert_close(moved[:, :6], latent[:, :6])
-    coarse = latent[:, 6:].reshape(2, 3, 4, 4, 4)
-    assert coarse.std((2, 3, 4)).min() > 1e-3
-    torch.testing.assert_close(moved[:, 6:].reshape(2, 3, 4, 4, 4), coarse.roll([s // 4 for s in shift], (2, 3, 4)))
+    torch.testing.assert_close(moved[:, :10], latent[:, :10])
+    coarse = latent[:, 10:].reshape(2, 3, 4, 4, 4)
+    assert coarse.std((2, 3, 4)).min() > 1e-4
+    torch.testing.assert_close(moved[:, 10:].reshape(2, 3, 4, 4, 4), coarse.roll([s // 4 for s in shift], (2, 3, 4)))
     was, is_ = network.decode(latent, (16, 16, 16)), network.decode(moved, (16, 16, 16))
     torch.testing.assert_close(is_.density_BCDHW, was.density_BCDHW.roll(shift, (2, 3, 4)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(is_.composition_BE, was.composition_BE)
@@ -127,7 +127,7 @@ def test_the_coarse_grid_has_voxels_that_are_near_to_cubes(shape: Shape, coarse:
 def test_what_a_small_coarse_grid_leaves_of_the_latent_is_free_and_unread() -> None:
     network = randomised(make_model(ADAPTIVE, SPATIAL))
     posterior = network.encode(torch.randn(2, 8, 8, 8, 32), torch.randn(2, 6))
-    used = 6 + 3 * math.prod(latent_shape((8, 8, 32), 64))
+    used = 10 + 3 * math.prod(latent_shape((8, 8, 32), 64))
     assert used < posterior.mean.shape[1]
     kl = gaussian_kl(posterior)
     assert kl[:, :used].min() > 0
@@ -140,8 +140,8 @@ def test_what_a_small_coarse_grid_leaves_of_the_latent_is_free_and_unread() -> N
 
 def test_the_shape_of_an_adaptive_grid_comes_back_from_its_numbers() -> None:
     for shape in ((8, 8, 8), (16, 24, 40), (8, 96, 104)):
-        assert shape_of(shape_numbers(shape, torch.zeros(1, 6))[0].numpy()) == shape
-    assert shape_of(np.array([-9.0, 0.3, 99.0])) == (8, 8, 2048)
+        assert shape_of(shape_numbers(shape, torch.zeros(1, 6))[0].numpy(), 8) == shape
+    assert shape_of(np.array([-9.0, 0.3, 99.0]), 4) == (4, 20, 4096)
 
 
 def test_names_and_order_of_parameters_stay_for_bundles_that_are_out_there() -> None:
@@ -149,7 +149,7 @@ def test_names_and_order_of_parameters_stay_for_bundles_that_are_out_there() -> 
     layers = dict.fromkeys(name.rpartition(".")[0] for name in model.state_dict() if "." in name)
     assert list(layers) == [
         "encoder.down.0.0", "encoder.down.1.0", "encoder.head.cell", "encoder.head.out",
-        "decoder.root.expand", "decoder.heads", "decoder.composition.0", "decoder.composition.2",
+        "decoder.root.expand", "decoder.known", "decoder.atoms.0", "decoder.atoms.2",
         "decoder.up.1", "decoder.up.3.conv", "decoder.out.conv",
         "unet.first.0", "unet.first.2", "unet.down.0.0.0", "unet.down.0.1", "unet.up.0.conv",
         "unet.gate.0.skip", "unet.gate.0.gate", "unet.gate.0.weight", "unet.merge.0.0", "unet.classifier",
@@ -179,7 +179,7 @@ def test_bundle_brings_back_the_same_model(tmp_path: Path) -> None:
     again, config = read_bundle(bundle)
     assert config["about"] == {"step": 3}
     assert again.config() == model.config()
-    latent = torch.randn(2, 6)
+    latent = torch.randn(2, LIGHT.latent)
     assert torch.equal(again.segment(again.decode(latent)), model.segment(model.decode(latent)))
     assert sorted(p.name for p in bundle.iterdir()) == ["SHA256SUMS", "config.json", "model.safetensors"]
 

@@ -62,7 +62,7 @@ def oracle(monkeypatch: pytest.MonkeyPatch, grid: GridSpec, crystals: Sequence[C
 
 
 def latents(count: int) -> Tensor:
-    return torch.arange(float(count))[:, None].expand(-1, 6).contiguous()
+    return torch.arange(float(count))[:, None].expand(-1, PAPER.latent).contiguous()
 
 
 def test_latents_of_mixed_shapes_are_those_of_each_crystal_alone() -> None:

@@ -54,5 +54,5 @@ def test_a_unet_is_trained_on_the_vae_of_a_bundle(tmp_path: Path) -> None:
     changed = {name for name, value in before.items() if not torch.equal(after[name], value)}
     assert changed
     assert all(name.startswith("unet.") for name in changed)
-    with pytest.raises(ModelError, match=r"init_from .* has another model: latent is 8 there, 9 here"):
+    with pytest.raises(ModelError, match=r"init_from .* has another model: latent is 10 there, 9 here"):
         commands.train(small_config(tmp_path, f"run_dir={tmp_path}/never", "train.objective=unet", start, "model.latent=9"))
