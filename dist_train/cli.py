@@ -69,6 +69,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_train(verbs)
     _add_launch(verbs)
     _add_register(verbs)
+    _add_release(verbs)
     _add_evaluate(verbs)
     _add_generate(verbs)
     _add_score(verbs)
@@ -320,6 +321,23 @@ def _register(options: argparse.Namespace) -> str:
     from dist_train.commands.registry import register
 
     return register(options.run_dir, options.alias, options.reason)
+
+
+def _add_release(verbs: Verbs) -> None:
+    parser = _verb(
+        verbs, "release", "write a small bundle of a finished run, in half precision, with its card and figures",
+        "Every verb that takes --model reads it. data/models holds the project's own.",
+    )  # fmt: skip
+    parser.add_argument("run_dir", type=Path, help="folder of the run")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; its name is the model's")
+    parser.add_argument("--evaluation", type=Path, help="folder of dist-train evaluate, whose metrics.json is kept")
+    parser.set_defaults(run=_release)
+
+
+def _release(options: argparse.Namespace) -> str:
+    from dist_train.commands.release import release
+
+    return release(options.run_dir, options.out, options.evaluation)
 
 
 def _add_registry(verbs: Verbs) -> None:

@@ -333,6 +333,8 @@ class LossWeights(Section):
 
     density: NonNegative = 1.0
     """Mean squared error of the standardised density channels, relative to predicting their mean."""
+    position_channel: Positive = 1.0
+    """Weight, among the channels of the density, of the one that positions are decoded from; the others have 1."""
     species: NonNegative = 0.2
     """Cross entropy of the species of voxels."""
     kl: NonNegative = 1e-4

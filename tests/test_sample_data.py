@@ -68,3 +68,11 @@ def test_tables_hold_the_structures_of_the_manifest(rows: list[Row]) -> None:
     assert {path: len(set(column)) for path, column in ids.items()} == tables
     assert all(isinstance(value, str) for column in ids.values() for value in column)
     assert sum(tables.values()) >= 5_000
+
+
+def test_benchmark_tables_are_those_of_their_checksums() -> None:
+    folder = SAMPLE.parent / "benchmarks"
+    named = dict(reversed(line.split("  ")) for line in (folder / "SHA256SUMS").read_text().splitlines())
+    assert sorted(named) == sorted(path.name for path in folder.glob("*.parquet"))
+    for name, digest in named.items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest, name

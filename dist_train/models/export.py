@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -35,11 +37,12 @@ def write_bundle(
     weights: dict[str, Tensor],
     about: dict[str, Any],
     digests: NDArray[np.uint64] | None = None,
+    files: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Path:
     """Write a bundle that replaces `folder` as a whole.
 
     weights: by the model's parameter names; about: provenance (data digest, step, metrics...), kept in config.json;
-    digests: of the training crystals, rising, each once; None where they aren't known.
+    digests: of the training crystals, rising, each once; None where they aren't known; files: others, by their names.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -49,6 +52,8 @@ def write_bundle(
     (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n")
     if digests is not None:
         np.save(temporary / DIGESTS_NAME, digests, allow_pickle=False)
+    for name, content in files.items():
+        (temporary / name).write_bytes(content)
     sums = "".join(f"{sha256(path)}  {path.name}\n" for path in sorted(temporary.iterdir()))
     (temporary / SUMS_NAME).write_text(sums)
     for path in temporary.iterdir():

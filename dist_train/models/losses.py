@@ -29,6 +29,12 @@ def squared_error(predicted: Tensor, true: Tensor) -> Tensor:
     return (predicted.float() - true.float()).square().flatten(1).mean(1)
 
 
+def density_error(predicted_BCDHW: Tensor, true_BCDHW: Tensor, weight_C: Tensor) -> Tensor:
+    """[B] `squared_error` of each channel, and of these the mean by weight."""
+    error_BC = (predicted_BCDHW.float() - true_BCDHW.float()).square().mean((2, 3, 4))
+    return error_BC @ weight_C / weight_C.sum()
+
+
 def species_voxels(species_BDHW: Tensor, background_ratio: float, uniform_BDHW: Tensor) -> Tensor:
     """Boolean mask of the voxels of the species loss: all foreground, and `background_ratio` as many of the rest.
 

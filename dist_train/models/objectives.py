@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from dist_train.config import LossWeights, TrainConfig
 from dist_train.crystal.voxelize import Shape
 from dist_train.errors import ConfigError
-from dist_train.models.autoencoder import CrystalAutoencoder, CrystalBatch, Standardiser, composition_gate
+from dist_train.models.autoencoder import CrystalAutoencoder, CrystalBatch, Standardiser, check_grid, composition_gate
 from dist_train.models.blocks import GridConv
 from dist_train.models.losses import (
+    density_error,
     gaussian_kl,
     reparameterise,
     species_cross_entropy,
@@ -79,6 +80,8 @@ class Objective(nn.Module):
         self.share = 0.0 if self.kind == "vae" else train.unet_share
         """Share of the crystals that the U-Net sees in a step of training."""
         self.scale = Standardiser(model, device, dtype)
+        self.channel_weight_C = torch.ones(len(model.statistics.channel_mean), device=device)
+        self.channel_weight_C[check_grid(model.grid)[1]] = train.loss.position_channel
         for network in self.frozen():
             network.requires_grad_(False)
 
@@ -111,7 +114,7 @@ class Objective(nn.Module):
         kl_BL = gaussian_kl(posterior)
         composition, log_count = self._counts(batch)
         parts = {
-            "density": weighted_mean(squared_error(decoding.density_BCDHW, density), weight),
+            "density": weighted_mean(density_error(decoding.density_BCDHW, density, self.channel_weight_C), weight),
             "species": kl_BL.new_zeros(()) if self.kind == "vae" else self._species(decoding, batch, noise),
             "kl": weighted_mean(kl_BL.sum(1), weight),
             "lattice": weighted_mean(self._cell_error(decoding, cell, batch.shape), weight),

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from dist_train.config import GridSpec
-from dist_train.crystal.decode import Decoded, decode, decode_ideal, votes
+from dist_train.crystal.decode import Decoded, Estimate, decode, decode_ideal, votes
+from dist_train.crystal.elements import MAX_Z, SYMBOLS
 from dist_train.crystal.frames import representable
 from dist_train.crystal.lattice import from_lengths_angles, periodic_distances
 from dist_train.crystal.structure import Crystal
@@ -370,3 +371,50 @@ def test_atoms_everywhere_are_no_crystal() -> None:
     )
     assert found.crystal is None
     assert "over 442 atoms found" in found.reason  # 0.5 in a cubic angstrom
+
+
+# An estimate of the atoms beside the votes
+
+
+PAIR = Crystal("pair", np.eye(3) * 4.8, np.array([[0.0, 0, 0], [0.5, 0.5, 0.5]]), np.array([14, 8]))
+
+
+def estimate(**atoms: float) -> Estimate:
+    composition = np.zeros(MAX_Z + 1)
+    for symbol, count in atoms.items():
+        composition[SYMBOLS.index(symbol)] = count
+    return Estimate(float(composition.sum()), composition)
+
+
+@pytest.mark.parametrize(("probability", "alone"), [(0.25, 1), (0.6, 2)])
+def test_an_unclear_atom_is_one_where_the_count_says_so(probability: float, alone: int) -> None:
+    density, species, _ = fields_of(PAIR, COARSE)
+    unclear = np.where(species == 8, probability, species > 0).astype(np.float32)
+    fields = "c", density, species, unclear, PAIR.lattice_A, COARSE, "occupancy"
+    for told, atoms in ((None, alone), (estimate(Si=1.0), 1), (estimate(Si=1.1, O=0.8), 2)):
+        found = decode(*fields, told).crystal
+        assert found is not None
+        assert len(found) == atoms
+
+
+def test_clear_atoms_stand_against_a_wrong_count() -> None:
+    fields = "c", *fields_of(PAIR, COARSE), PAIR.lattice_A, COARSE, "occupancy"
+    for told in (estimate(Si=1, O=1.4), estimate(Si=1, O=0.7)):
+        found = decode(*fields, told).crystal
+        assert found is not None
+        assert found.formula == PAIR.formula
+
+
+@pytest.mark.parametrize(
+    ("share", "told", "element"), [(0.55, {"O": 1}, 8), (0.55, {"N": 1}, 7), (0.0, {"N": 0.5, "O": 0.5}, 8)]
+)
+def test_an_element_is_weighed_against_the_composition(share: float, told: dict[str, float], element: int) -> None:
+    """share: of the votes around the oxygen atom, which nitrogen has; the other votes are oxygen's."""
+    density, species, labelled = fields_of(PAIR, COARSE)
+    oxygen = np.argwhere(species == 8)
+    wrong = oxygen[np.random.default_rng(0).permutation(len(oxygen))[: round(share * len(oxygen))]]
+    species = species.copy()
+    species[tuple(wrong.T)] = 7
+    found = decode("c", density, species, labelled, PAIR.lattice_A, COARSE, "occupancy", estimate(Si=1, **told)).crystal
+    assert found is not None
+    assert sorted(found.numbers_N) == sorted([14, element])

@@ -59,6 +59,7 @@ def test_adaptive_shape_is_the_smallest_that_keeps_the_spacing(edges: tuple[floa
 def test_adaptive_shape_follows_edges_not_the_box() -> None:
     skewed = np.array([[4.0, 0, 0], [9.0, 1.0, 0], [0, 0, 5.0]])
     assert grid_shape(skewed, GridSpec(shape="adaptive", max_voxels=2**20)) == (16, 32, 24)
+    assert grid_shape(skewed, GridSpec(shape="adaptive", multiple=4, max_voxels=2**20)) == (16, 32, 20)
 
 
 def test_spacing_at_the_limit_is_taken_and_beyond_it_refused() -> None:

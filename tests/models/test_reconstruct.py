@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from small_models import ADAPTIVE, CUBE, PAPER, WINDOW, make_model
+from small_models import ADAPTIVE, CUBE, ELEMENTS, PAPER, WINDOW, make_model
 from torch import Tensor
 
 from dist_train.config import GridSpec
@@ -17,7 +17,7 @@ from dist_train.crystal.metrics import compare
 from dist_train.crystal.structure import Crystal
 from dist_train.crystal.voxelize import Shape, voxelize
 from dist_train.generate import reconstruct
-from dist_train.models.autoencoder import cell_numbers
+from dist_train.models.autoencoder import cell_numbers, composition_vector
 from dist_train.models.reconstruct import Codec
 from dist_train.models.vae import Decoding, Numbers, shape_numbers
 
@@ -39,20 +39,24 @@ def oracle(monkeypatch: pytest.MonkeyPatch, grid: GridSpec, crystals: Sequence[C
     codec = Codec(make_model(grid, PAPER))
     grids = [voxelize(crystal, grid) for crystal in crystals]
     cells = torch.from_numpy(cell_numbers(np.stack([crystal.lengths_angles for crystal in crystals])))
+    compositions = torch.from_numpy(np.stack([composition_vector(crystal) for crystal in crystals]))[:, list(ELEMENTS)]
+    counts = (compositions.sum(1).log() - codec.scale.count_mean) / codec.scale.count_std
+    asked: list[int] = []
 
     def numbers(latent: Tensor) -> Numbers:
         place = latent[:, 0].long()
         shape = torch.cat([shape_numbers(grids[k].species_DHW.shape, cells[:1]) for k in place])
-        return Numbers(codec.scale.cell(cells[place]), latent[:, 0], shape)
+        return Numbers(codec.scale.cell(cells[place]), counts[place], shape)
 
     def decode(latent: Tensor, shape: Shape) -> Decoding:
-        chosen = [grids[place].density_CDHW for place in latent[:, 0].long()]
+        asked[:] = latent[:, 0].long().tolist()
+        chosen = [grids[place].density_CDHW for place in asked]
         assert all(density.shape[1:] == shape for density in chosen)
         density = codec.scale.density(torch.from_numpy(np.stack(chosen)))
-        return Decoding(density, torch.zeros(len(latent), 3), *numbers(latent))
+        return Decoding(density, compositions[asked], *numbers(latent))
 
     def segment(decoding: Decoding) -> Tensor:
-        species = torch.from_numpy(np.stack([grids[place].species_DHW for place in decoding.log_count_B.long()]))
+        species = torch.from_numpy(np.stack([grids[place].species_DHW for place in asked]))
         return 20.0 * torch.nn.functional.one_hot(codec.scale.class_of_z[species.long()], 4).movedim(-1, 1).float()
 
     monkeypatch.setattr(codec.model.decoder, "numbers", numbers)

@@ -1,0 +1,26 @@
+"""The verb release: a small bundle of a finished run, for others to use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dist_train.errors import DataError
+from dist_train.model_card import model_card
+from dist_train.models.export import WEIGHTS_NAME, read_bundle, training_digests, write_bundle
+
+
+def release(run_dir: Path, out: Path, evaluation: Path | None) -> str:
+    """Write the bundle of a run with weights in half precision, its card and run file, and the metrics of an evaluation.
+
+    The folder has the name of the model. evaluation: folder of `dist-train evaluate`, best of this very release.
+    Raises ModelError for a run without a bundle, DataError for an evaluation without metrics.
+    """
+    network, config = read_bundle(run_dir / "bundle")
+    files = {"model_card.md": model_card(out.name, config).encode(), "run.yaml": (run_dir / "run.yaml").read_bytes()}
+    if evaluation is not None:
+        if not (evaluation / "metrics.json").is_file():
+            raise DataError(f"{evaluation} holds no metrics.json: give the folder of a finished dist-train evaluate")
+        files["evaluation.json"] = (evaluation / "metrics.json").read_bytes()
+    half = {name: weight.half() for name, weight in network.state_dict().items()}
+    write_bundle(out, network, half, config["about"], training_digests(run_dir / "bundle"), files)
+    return f"{out}: {(out / WEIGHTS_NAME).stat().st_size / 1e6:.1f} MB in half precision, {len(half)} tensors"
