@@ -47,7 +47,7 @@ def model_card(name: str, config: dict[str, Any]) -> str:
             "",
             f"- grid: {grid['frame']}, shape {grid['shape']}, spacing at most {grid['max_spacing_A']} A, "
             f"channels {', '.join(grid['channels'])}, at most {grid['max_atoms']} atoms",
-            f"- latent of {sizes['latent']}; VAE {sizes['vae_widths']}, U-Net of {sizes['unet_levels']} levels",
+            f"- latent of {_latent(sizes)}; VAE {sizes['vae_widths']}, U-Net of {sizes['unet_levels']} levels",
             f"- {about['step']} steps, objective {run['train']['objective']}, precision {run['train']['precision']}",
             "",
             "## Last validation",
@@ -68,6 +68,11 @@ def model_card(name: str, config: dict[str, Any]) -> str:
             "",
         )
     )
+
+
+def _latent(sizes: dict[str, Any]) -> str:
+    coarse = sizes.get("latent_voxels")
+    return f"{sizes['latent']} numbers" + (f" and at most {coarse} voxels of {sizes['latent_channels']}" if coarse else "")
 
 
 def _table(metrics: dict[str, float]) -> list[str]:

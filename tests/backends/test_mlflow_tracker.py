@@ -72,7 +72,7 @@ def test_every_record_of_the_spool_is_in_mlflow_once(tracked: RunConfig) -> None
 def test_run_holds_parameters_config_digest_system_metrics_and_pictures(tracked: RunConfig) -> None:
     run = client(tracked).get_run((tracked.run_dir / "mlflow_run_id").read_text())
     assert run.info.status == "FINISHED"
-    assert run.data.params["model.latent"] == "8"
+    assert run.data.params["model.latent"] == "10"
     assert run.data.tags["data_digest"] == Index.read(tracked.data.shards).digest
     assert any(name.startswith("system/") for name in run.data.metrics)
     assert "val/composition_exact" in run.data.metrics
@@ -86,7 +86,7 @@ def test_pulled_bundle_is_the_trained_one(tracked: RunConfig, tmp_path: Path) ->
     model, config = read_bundle(bundle)
     assert (bundle / "SHA256SUMS").read_bytes() == (tracked.run_dir / "bundle" / "SHA256SUMS").read_bytes()
     assert config["about"]["step"] == 12
-    assert model.model.latent == 8
+    assert model.model.latent == 10
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_plain_mlflow_client_predicts_row_by_row(tracked: RunConfig) -> None:
     assert table.cif[1] == ""
     first, last = (json.loads(table.latent[row]) for row in (0, 2))
     assert first == pytest.approx(last, abs=1e-5)
-    assert len(first) == 8
+    assert len(first) == 10
     for row in (0, 2):
         assert table.error[row] or len(parse_cif(table.cif[row], "x", 1000)) > 0
 
