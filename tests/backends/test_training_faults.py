@@ -203,8 +203,11 @@ def test_a_rank_that_hangs_is_ended_with_its_stack(runs: Runs, whole: str) -> No
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_any_stage_goes_on_from_any_other(runs: Runs, precision: str) -> None:
-    """ZeRO 0 to 3 in float32 agree but for how AdamW rounds the last numbers of a run; in bf16 each has bits of its own."""
-    options = (f"train.precision={precision}",)
+    """ZeRO 0 to 3 in float32 agree but for how AdamW rounds the last numbers of a run; in bf16 each has bits of its own.
+
+    A flow is left out: its own training, after the run, makes much of what AdamW rounds.
+    """
+    options = (f"train.precision={precision}", "prior.kind=gaussian")
     for stage in range(4):
         assert runs.launch(f"{precision}{stage}", 2, *options, stage=stage) == [0, 0], runs.told(f"{precision}{stage}")
     if precision == "fp32":
