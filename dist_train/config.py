@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator
+from math import gcd
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -13,7 +14,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from dist_train.errors import ConfigError
 
-"""Adaptive grids have a multiple of this many voxels along each axis."""
+USUAL_GROUP = 8
+"""Crystals of one adaptive grid shape in a global batch: few enough that nearly every shape is seen."""
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -357,7 +359,11 @@ class TrainConfig(Section):
     global_batch_size: Count = 64
     """Crystals a step over all ranks; must be divisible by the number of ranks."""
     micro_batch_size: Count | None = None
-    """Crystals a rank takes at once, a divisor of its share; gradients add up over these. null takes its whole share."""
+    """Crystals a rank takes at once, a divisor of its share and of `shape_group`; gradients add up over these. null takes as
+    many as it can."""
+    shape_group: Count | None = None
+    """Of adaptive grids: crystals of one grid shape that come together in a global batch, a divisor of it, which mixes as
+    many shapes. Small groups mix better and have rarer shapes, large ones make better use of a device. null: 8 at most."""
     objective: Literal["joint", "vae", "unet"] = "joint"
     """'joint': both networks, the U-Net on what the VAE decodes. 'vae': the VAE alone. 'unet': the U-Net alone, on what the
     frozen VAE of `init_from` decodes."""
@@ -500,6 +506,14 @@ class RunConfig(Section):
         if self.data.encoding == "compact" and any(h < 0 for _, heights in self.grid.element_table for h in heights):
             raise ValueError("data.encoding 'compact' holds square roots: no height in grid.element_table may be negative")
         return self
+
+    @property
+    def shape_group(self) -> int:
+        """Crystals of one grid shape that come together in a global batch."""
+        batch = self.train.global_batch_size
+        if self.grid.shape != "adaptive":
+            return batch
+        return self.train.shape_group or gcd(batch, USUAL_GROUP)
 
     def check_halvings(self) -> None:
         """Raise ConfigError for cells that the networks, which halve them again and again, can't take.

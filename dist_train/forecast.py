@@ -99,7 +99,7 @@ def forecast(config: RunConfig, index: Index, ranks: int, zero: Mapping[str, Any
     shapes = [(d, h, w) for _, sample in entries for d, h, w in [sample.shape]]
     order = BatchPlan(
         shapes, [len(shard.samples) for shard in shards], batch, train.epochs, config.seed, 0, ranks,
-        config.data.shuffle_window,
+        config.data.shuffle_window, config.shape_group,
     )  # fmt: skip
     parameters = list(meta_model(config, elements).parameters())
     numbers, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
@@ -167,7 +167,7 @@ def _warnings(config: RunConfig, order: BatchPlan, found: Forecast, machine: Mac
             f"train.micro_batch_size under {found.micro_batch}, train.activation_checkpointing{more}"
         )
     if order.never_seen:
-        yield f"{order.never_seen} samples are of grid shapes that fill no global batch: no epoch has them"
+        yield f"{order.never_seen} samples are of grid shapes that fill no train.shape_group: no epoch has them"
     if (share := found.gradient_seconds / found.step_seconds) > 0.25:
         yield f"gradients take {share:.0%} of a step on this network: fewer ranks or a larger train.global_batch_size"
     if every > 3 * found.checkpoint_every:

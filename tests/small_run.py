@@ -45,3 +45,11 @@ def write_small_shards(folder: Path, crystals: int = 72) -> Index:
     config = small_config(folder)
     table = few_rows(ROOT / "data" / "sample" / "perov_5.parquet", crystals, folder)
     return write_shards(config.data.model_copy(update={"inputs": (table,)}), config.grid)
+
+
+def write_mixed_shards(folder: Path) -> Path:
+    """Crystals of several grid shapes below `folder`; the folder of their shards."""
+    config = small_config(folder / "mixed", "grid.shape=adaptive")
+    table = few_rows(ROOT / "data" / "sample" / "materials_project.parquet", 60, folder / "mixed")
+    write_shards(config.data.model_copy(update={"inputs": (table,)}), config.grid)
+    return config.data.shards

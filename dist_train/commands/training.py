@@ -200,8 +200,8 @@ def _train_rank(config: RunConfig, index: Index, rank: int) -> str:
     plan = batch_plan(config, reader, rank, engine.ranks)
     if plan.never_seen:
         log.warning(
-            "%d of %d training samples are never seen: their grid shapes have fewer than train.global_batch_size %d",
-            plan.never_seen, len(reader), plan.global_batch,
+            "%d of %d training samples are never seen: their grid shapes have fewer than train.shape_group %d",
+            plan.never_seen, len(reader), plan.group_size,
         )  # fmt: skip
     write_text(config.run_dir / "run.yaml", config.to_yaml())
     spool = Spool(config.run_dir / "metrics.jsonl")

@@ -36,11 +36,20 @@ STAND_IN = Crystal("stand-in", 5.0 * np.eye(3), np.zeros((1, 3)), np.array([1]))
 
 
 class TrainBatch(NamedTuple):
-    """This rank's share of a step's global batch; damaged: a message for each sample in it that was passed over."""
+    """This rank's share of a step's global batch, in parts of one grid shape each.
+
+    damaged: a message for each sample in it that was passed over.
+    """
 
     step: int
-    batch: CrystalBatch | StructureBatch
+    parts: tuple[CrystalBatch | StructureBatch, ...]
     damaged: tuple[str, ...] = ()
+
+    @property
+    def batch(self) -> CrystalBatch | StructureBatch:
+        """The whole share, where it has one grid shape."""
+        (part,) = self.parts
+        return part
 
 
 def train_batches(
@@ -80,20 +89,29 @@ def train_batches(
 def _read(
     reader: ShardReader, plan: BatchPlan, step: int, device: torch.device, stopped: threading.Event, memory: _Memory
 ) -> TrainBatch:
-    places = plan.places(step)
+    parts, damaged = list[CrystalBatch | StructureBatch](), list[str]()
 
-    def going() -> Iterator[tuple[int, int]]:
+    def going(places: Places) -> Iterator[tuple[int, int]]:
         for row, place in enumerate(places.tolist()):
             if stopped.is_set():
                 raise ShardError("nobody waits for this batch any more")
             yield row, place
 
-    if reader.index.store == "structures":
-        seed = f"{plan.seed}\0{step // plan.steps_per_epoch}"
-        structures, damaged = _structures(reader, places, going(), seed)
-        return TrainBatch(step, structures.to(device) if device.type == "cpu" else structures, damaged)
-    batch, damaged = _grids(reader, places, going(), None if device.type == "cuda" else memory)
-    return TrainBatch(step, batch, damaged)
+    for places in _alike(plan, plan.places(step)):
+        if reader.index.store == "structures":
+            seed = f"{plan.seed}\0{step // plan.steps_per_epoch}"
+            structures, found = _structures(reader, places, going(places), seed)
+            parts.append(structures.to(device) if device.type == "cpu" else structures)
+        else:
+            grids, found = _grids(reader, places, going(places), None if device.type == "cuda" else memory)
+            parts.append(grids)
+        damaged.extend(found)
+    return TrainBatch(step, tuple(parts), tuple(damaged))
+
+
+def _alike(plan: BatchPlan, places: Places) -> list[Places]:
+    """The places cut where the grid shape changes."""
+    return np.split(places, np.flatnonzero(np.diff(plan.shape_numbers[places])) + 1)
 
 
 def _grids(

@@ -2,7 +2,8 @@
 
 Shards come in random order, and that stream is cut into windows of whole shards whose samples are shuffled together, so that
 data larger than the memory (or the cache of remote shards) are read from the disk once an epoch. Split into one stream for
-each grid shape, the samples fill batches; batches come in the order in which they are full.
+each grid shape, the samples fill groups; groups come in the order in which they are full, and each few that follow each
+other are a batch. So a batch mixes grid shapes as the crystals do, and a rare shape has to fill a group only.
 """
 
 from __future__ import annotations
@@ -34,15 +35,17 @@ class EpochOrder(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class BatchPlan:
-    """Which samples each rank sees at each step; the samples of a global batch have one grid shape.
+    """Which samples each rank sees at each step.
 
     shapes: of every sample of the split; shard_sizes: samples of each of its shards. Both in the order of the index.
+    group: samples that follow each other in a global batch and have one grid shape, a divisor of it; None: all of it.
     window: fewest samples that are shuffled together, if shards are of one size; at most two shards less than twice as many,
     unless that is the whole split.
-    An epoch leaves out the samples of each shape that come after its last full batch: others in each epoch, equally many.
-    The samples of a batch lie in one window or in two that follow each other; those of a shape that takes longer than a
-    window to fill a batch lie further apart.
-    Raises ShardError where no shape has the samples of a global batch.
+    An epoch leaves out the samples of each shape that come after its last full group, and the last groups where they don't
+    fill a batch: others in each epoch, equally many.
+    The samples of a group lie in one window or in two that follow each other; those of a shape that takes longer than a
+    window to fill a group lie further apart.
+    Raises ShardError where the groups don't fill a global batch.
     """
 
     shapes: Sequence[Shape]
@@ -53,15 +56,20 @@ class BatchPlan:
     rank: int
     ranks: int
     window: int = 2**16
+    group: int | None = None
 
     def __post_init__(self) -> None:
-        assert sum(self.shard_sizes) == len(self.shapes)
+        assert sum(self.shard_sizes) == len(self.shapes) and self.global_batch % self.group_size == 0
         if self.steps_per_epoch == 0:
-            most = max(self.counts.tolist(), default=0)
             raise ShardError(
-                f"the training split has {len(self.shapes)} samples of {len(self.counts)} grid shapes, at most {most} of "
-                f"one shape, fewer than train.global_batch_size {self.global_batch}; lower it or voxelise more crystals"
+                f"the training split has {len(self.shapes)} samples of {len(self.counts)} grid shapes, "
+                f"{self.groups * self.group_size} of them in groups of {self.group_size} of one shape, fewer than "
+                f"train.global_batch_size {self.global_batch}; lower it or voxelise more crystals"
             )
+
+    @property
+    def group_size(self) -> int:
+        return self.group or self.global_batch
 
     @cached_property
     def shape_numbers(self) -> NDArray[np.uint16]:
@@ -75,8 +83,13 @@ class BatchPlan:
         return np.bincount(self.shape_numbers)
 
     @cached_property
+    def groups(self) -> int:
+        """Full groups of an epoch, those after its last batch included."""
+        return int((self.counts // self.group_size).sum())
+
+    @property
     def steps_per_epoch(self) -> int:
-        return int((self.counts // self.global_batch).sum())
+        return self.groups * self.group_size // self.global_batch
 
     @property
     def steps(self) -> int:
@@ -84,8 +97,8 @@ class BatchPlan:
 
     @property
     def never_seen(self) -> int:
-        """Samples of shapes that don't fill a global batch: no epoch has them."""
-        return int(self.counts[self.counts < self.global_batch].sum())
+        """Samples of shapes that don't fill a group: no epoch has them."""
+        return int(self.counts[self.counts < self.group_size].sum())
 
     @property
     def dropped(self) -> int:
@@ -123,8 +136,8 @@ class BatchPlan:
 
 @lru_cache(maxsize=2)
 def epoch_order(plan: BatchPlan, epoch: int) -> EpochOrder:
-    """The order of an epoch: a pure function of shapes, shard sizes, global batch, window, seed and epoch."""
-    rng, size = np.random.Generator(np.random.PCG64([plan.seed, epoch])), plan.global_batch
+    """The order of an epoch: a pure function of shapes, shard sizes, global batch, group, window, seed and epoch."""
+    rng, size = np.random.Generator(np.random.PCG64([plan.seed, epoch])), plan.group_size
     sizes = np.asarray(plan.shard_sizes, np.int64)
     shards = rng.permutation(len(sizes))
     # A sample's place is where its shard starts in the index, plus how far it lies behind the shard's start in the stream.
@@ -134,7 +147,8 @@ def epoch_order(plan: BatchPlan, epoch: int) -> EpochOrder:
     for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist()):
         rng.shuffle(stream[start:stop])
     by_shape = np.argsort(plan.shape_numbers[stream], kind="stable")
-    groups = np.split(by_shape, np.cumsum(plan.counts)[:-1])
-    batches = np.concatenate([group[: len(group) // size * size] for group in groups]).reshape(-1, size)
-    batches = batches[np.argsort(batches[:, -1])]
+    alike = np.split(by_shape, np.cumsum(plan.counts)[:-1])
+    groups = np.concatenate([of_one[: len(of_one) // size * size] for of_one in alike]).reshape(-1, size)
+    groups = groups[np.argsort(groups[:, -1])]
+    batches = groups.ravel()[: plan.steps_per_epoch * plan.global_batch].reshape(-1, plan.global_batch)
     return EpochOrder(stream[batches], np.searchsorted(bounds, batches[:, -1], side="right") - 1, shards)

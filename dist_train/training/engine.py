@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import gcd, isfinite
 from typing import Any, TypeVar
 
 import torch
@@ -250,14 +250,21 @@ def check_batch(config: RunConfig, ranks: int) -> int:
 
     Raises ConfigError where they, or the U-Net's share of them, don't divide.
     """
-    batch, share = config.train.global_batch_size, config.train.unet_share
+    batch, share, group = config.train.global_batch_size, config.train.unet_share, config.shape_group
+    if batch % group:
+        raise ConfigError(f"train.shape_group {group} doesn't divide train.global_batch_size {batch}; set a divisor of that")
     if batch % ranks:
         raise ConfigError(f"train.global_batch_size {batch} can't be divided among {ranks} ranks; set a multiple of {ranks}")
-    micro = config.train.micro_batch_size or batch // ranks
+    micro = config.train.micro_batch_size or gcd(batch // ranks, group)
     if batch // ranks % micro:
         raise ConfigError(
             f"train.micro_batch_size {micro} doesn't divide the {batch // ranks} crystals of each of {ranks} ranks "
             f"(train.global_batch_size {batch}); set a divisor of {batch // ranks}"
+        )
+    if group % micro:
+        raise ConfigError(
+            f"train.micro_batch_size {micro} doesn't divide the {group} crystals of one grid shape (train.shape_group); "
+            f"set a divisor of {group}"
         )
     seen = micro * share
     if config.train.objective != "vae" and (seen < 1 or abs(seen - round(seen)) > 1e-6):

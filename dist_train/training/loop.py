@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import groupby
@@ -17,6 +17,7 @@ from dist_train.models.autoencoder import CrystalBatch
 from dist_train.models.cost import mean_flops
 from dist_train.models.objectives import PARTS, Objective, step_noise
 from dist_train.models.reconstruct import Codec
+from dist_train.models.structure_batch import StructureBatch
 from dist_train.progress import Progress
 from dist_train.shards.batches import collate, train_batches
 from dist_train.shards.order import BatchPlan
@@ -53,11 +54,11 @@ def fit(
         StopRequest() as stop,
     ):
         batches = train_batches(train, plan, state.step, last, engine.device, data.reader_threads, data.max_damaged)
-        for step, batch, damaged in meter.timed(batches):
+        for step, parts, damaged in meter.timed(batches):
             for message in damaged:
                 log.warning("passed over at step %d: %s", step, message)
             rate, kl_weight = learning_rate(step, plan.steps, settings), kl_warmup(step, settings)
-            result = engine.step(list(_parts(config, engine, step, batch.to(engine.device))), rate, kl_weight)
+            result = engine.step(list(_forward_parts(config, engine, step, parts)), rate, kl_weight)
             reduced = reduce_step(engine, result, stop.made, len(damaged))
             state = replace(
                 state,
@@ -102,7 +103,7 @@ def batch_plan(config: RunConfig, train: ShardReader, rank: int, ranks: int) -> 
     settings = config.train
     return BatchPlan(
         train.shapes, train.shard_sizes, settings.global_batch_size, settings.epochs, config.seed, rank, ranks,
-        config.data.shuffle_window,
+        config.data.shuffle_window, config.shape_group,
     )  # fmt: skip
 
 
@@ -114,13 +115,19 @@ def arithmetic(config: RunConfig, engine: Engine, train: ShardReader) -> tuple[f
     )
 
 
-def _parts(config: RunConfig, engine: Engine, step: int, batch: CrystalBatch) -> Iterator[Part]:
+def _forward_parts(
+    config: RunConfig, engine: Engine, step: int, parts: Sequence[CrystalBatch | StructureBatch]
+) -> Iterator[Part]:
     """This rank's slice of a step's global batch in parts of the size of a forward pass, each with its noise."""
-    share, micro, latent = batch.size, check_batch(config, engine.ranks), config.model.latent_size
-    for start in range(0, share, micro):
-        positions = range(engine.rank * share + start, engine.rank * share + start + micro)
-        noise = step_noise(config.seed, step, positions, engine.objective.share, latent, batch.shape, engine.device)
-        yield batch.rows(slice(start, start + micro)), noise
+    micro, latent = check_batch(config, engine.ranks), config.model.latent_size
+    position = engine.rank * sum(part.size for part in parts)
+    for part in parts:
+        batch = part.to(engine.device)
+        for start in range(0, batch.size, micro):
+            positions = range(position, position + micro)
+            noise = step_noise(config.seed, step, positions, engine.objective.share, latent, batch.shape, engine.device)
+            yield batch.rows(slice(start, start + micro)), noise
+            position += micro
 
 
 def _nonfinite_message(in_a_row: int, step: int, train: ShardReader, plan: BatchPlan) -> str:

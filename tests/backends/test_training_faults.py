@@ -17,7 +17,7 @@ import torch
 from forks import Request, encode
 from processes import small_disk, started
 from safetensors.torch import load_file
-from small_run import small_config, write_small_shards
+from small_run import small_config, write_mixed_shards, write_small_shards
 
 from dist_train.config import load_config
 from dist_train.forecast import Machine, forecast
@@ -225,14 +225,20 @@ def test_any_stage_goes_on_from_any_other(runs: Runs, precision: str) -> None:
             runs.assert_equal(name, f"{precision}{stage}")
 
 
-@pytest.mark.timeout(60)
-def test_two_ranks_then_one_then_three(runs: Runs) -> None:
-    options = ("train.precision=fp32",)
-    assert runs.launch("two", 2, *options) == [0, 0]
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("shape", ["12", "adaptive"])
+def test_two_ranks_then_one_then_three(runs: Runs, shape: str) -> None:
+    """Adaptive: each batch of three groups of one shape, which two ranks cut in two."""
+    options, two, elastic = ("train.precision=fp32",), f"two-{shape}", f"elastic-{shape}"
+    if shape == "adaptive":
+        mixed = ("grid.shape=adaptive", f"data.shards={write_mixed_shards(runs.folder)}")
+        options += (*mixed, "train.shape_group=4", "train.epochs=6")
+    assert runs.launch(two, 2, *options) == [0, 0], runs.told(two)
     for ranks, stop, stage in ((2, 4, 1), (1, 8, 3), (3, 12, 2)):
-        codes = runs.launch("elastic", ranks, *options, f"train.stop_after_step={stop}", stage=stage)
-        assert codes == [0] * ranks, runs.told("elastic")
-    found, expected = runs.losses("elastic"), runs.losses("two")
+        codes = runs.launch(elastic, ranks, *options, f"train.stop_after_step={stop}", stage=stage)
+        assert codes == [0] * ranks, runs.told(elastic)
+    found, expected = runs.losses(elastic), runs.losses(two)
+    assert len(expected) >= 9
     assert found.keys() == expected.keys()
     for step, values in expected.items():
         assert found[step] == pytest.approx(values, rel=1e-4)

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sharding import few_rows, write_shards
-from small_run import ROOT, small_config, write_small_shards
+from small_run import small_config, write_mixed_shards, write_small_shards
 
 from dist_train.commands import training as commands
 from dist_train.errors import ModelError
@@ -24,10 +23,10 @@ def records(run: Path, name: str) -> list[float]:
 
 
 def test_a_run_on_adaptive_grids_learns_validates_and_reconstructs(tmp_path: Path) -> None:
-    adaptive = ("grid.shape=adaptive", "train.global_batch_size=4", "train.epochs=6", "train.learning_rate=1e-2")
-    config = small_config(tmp_path, *adaptive, "train.validate_every=1000")
-    table = few_rows(ROOT / "data" / "sample" / "materials_project.parquet", 60, tmp_path)
-    write_shards(config.data.model_copy(update={"inputs": (table,)}), config.grid)
+    """Batches of two crystals of one shape and two of another, which is seldom the same."""
+    batches = ("train.global_batch_size=4", "train.shape_group=2", "train.epochs=5")
+    adaptive = ("grid.shape=adaptive", *batches, "train.learning_rate=1e-2")
+    config = small_config(tmp_path, *adaptive, "train.validate_every=1000", f"data.shards={write_mixed_shards(tmp_path)}")
     index = Index.read(config.data.shards)
     assert len(set(ShardReader(index, "train").shapes)) > 2
     assert len(set(ShardReader(index, "val").shapes)) > 1

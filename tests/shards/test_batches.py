@@ -30,9 +30,10 @@ META = torch.device("meta")
 
 
 def plan_of(
-    reader: ShardReader, global_batch: int = 4, epochs: int = 2, rank: int = 0, ranks: int = 1, window: int = 2**16
-) -> BatchPlan:
-    return BatchPlan(reader.shapes, reader.shard_sizes, global_batch, epochs, 3, rank, ranks, window)
+    reader: ShardReader, global_batch: int = 4, epochs: int = 2, rank: int = 0, ranks: int = 1, window: int = 2**16,
+    group: int | None = None,
+) -> BatchPlan:  # fmt: skip
+    return BatchPlan(reader.shapes, reader.shard_sizes, global_batch, epochs, 3, rank, ranks, window, group)
 
 
 def batches_of(reader: ShardReader, plan: BatchPlan, **settings: object) -> list[TrainBatch]:
@@ -96,14 +97,25 @@ def test_batches_are_those_of_the_plan(tmp_path: Path, encoding: str, threads: i
         assert item.batch.weight_B.tolist() == [1.0] * 4
 
 
-def test_batches_of_mixed_shapes_are_of_one_shape_each(tmp_path: Path) -> None:
-    index = write_shards(tmp_path, real_crystals(40, ADAPTIVE, "materials_project"), ADAPTIVE)
+@pytest.mark.parametrize("store", ["grids", "structures"])
+def test_batches_of_mixed_shapes_come_in_parts_of_one_shape_each(tmp_path: Path, store: str) -> None:
+    """Of two ranks, whose slices cut a group in two."""
+    index = write_shards(tmp_path, real_crystals(40, ADAPTIVE, "materials_project"), ADAPTIVE, store=store)
     reader = ShardReader(index, "train")
-    plan = plan_of(reader, global_batch=2, window=10)
-    found = batches_of(reader, plan)
-    assert len({tuple(item.batch.to(CPU).species_BDHW.shape) for item in found}) > 1
-    for item in found:
-        assert equal(item.batch.to(CPU), collate([reader[place] for place in plan.places(item.step)]))
+    shapes = set()
+    for rank in range(2):
+        plan = plan_of(reader, global_batch=6, window=10, rank=rank, ranks=2, group=2)
+        found = batches_of(reader, plan)
+        assert max(len(item.parts) for item in found) > 1
+        for item in found:
+            made, places = [part.to(CPU) for part in item.parts], plan.places(item.step).tolist()
+            shapes |= {batch.shape for batch in made}
+            assert [shape for batch in made for shape in [batch.shape] * batch.size] == [reader.shapes[p] for p in places]
+            atoms = torch.cat([batch.composition_BZ for batch in made]).sum(1).tolist()
+            assert atoms == [len(reader.crystal(place)) for place in places]
+            for batch in made if store == "grids" else ():
+                assert equal(batch, collate([reader[places.pop(0)] for _ in range(batch.size)]))
+    assert len(shapes) > 1
 
 
 @pytest.mark.parametrize("start", [0, 1, 4, 5, 6, 9, 10])

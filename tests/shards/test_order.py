@@ -23,11 +23,11 @@ WINDOWS = st.integers(1, 130)
 
 def make_plan(
     shapes: list[Shape], global_batch: int, epochs: int = 2, seed: int = 3, rank: int = 0, ranks: int = 1,
-    window: int = 2**16, per_shard: int = 7,
+    window: int = 2**16, per_shard: int = 7, group: int | None = None,
 ) -> BatchPlan:  # fmt: skip
     full, rest = divmod(len(shapes), per_shard)
     sizes = [per_shard] * full + [rest] * (rest > 0)
-    return BatchPlan(shapes, sizes, global_batch, epochs, seed, rank, ranks, window)
+    return BatchPlan(shapes, sizes, global_batch, epochs, seed, rank, ranks, window, group)
 
 
 def epoch_batches(plan: BatchPlan, epoch: int) -> np.ndarray:
@@ -41,20 +41,35 @@ def batches(shapes: list[Shape], global_batch: int, epoch: int = 0, seed: int = 
     return [whole.places(step).tolist() for step in range(first, whole.steps)]
 
 
-@given(SHAPES, st.integers(1, 12), st.integers(0, 2**32 - 1), st.integers(0, 50), WINDOWS)
-def test_batches_of_an_epoch(shapes: list[Shape], global_batch: int, seed: int, epoch: int, window: int) -> None:
-    """Full, of one shape, without a sample twice, and as many of each shape as fill batches."""
-    found = batches(shapes, global_batch, epoch, seed, window)
-    places = [place for batch in found for place in batch]
+@given(SHAPES, st.integers(1, 4), st.integers(1, 3), st.integers(0, 2**32 - 1), st.integers(0, 50), WINDOWS)
+def test_batches_of_an_epoch(
+    shapes: list[Shape], group: int, groups: int, seed: int, epoch: int, window: int
+) -> None:  # fmt: skip
+    """Full, in groups of one shape, without a sample twice, and as many of each shape as fill groups of whole batches."""
+    size = group * groups
+    plan = make_plan(shapes, size, epoch + 1, seed, window=window, group=group)
+    found = epoch_batches(plan, epoch)
+    places = found.ravel().tolist()
     assert len(places) == len(set(places))
-    assert {len(batch) for batch in found} == {global_batch}
-    assert all(len({shapes[place] for place in batch}) == 1 for batch in found)
+    assert found.shape[1] == size
+    assert all(len({shapes[place] for place in alike}) == 1 for alike in found.reshape(-1, group).tolist())
     taken, there = Counter(shapes[place] for place in places), Counter(shapes)
-    assert all(taken[shape] == n // global_batch * global_batch for shape, n in there.items())
-    whole = make_plan(shapes, global_batch, 3, seed, window=window)
-    assert whole.dropped == len(shapes) - len(places)
-    assert whole.never_seen == sum(n for n in there.values() if n < global_batch)
-    assert whole.steps == 3 * whole.steps_per_epoch == 3 * len(found)
+    full = {shape: n // group * group for shape, n in there.items()}
+    assert all(taken[shape] <= n for shape, n in full.items())
+    assert sum(full.values()) - size < len(places) <= sum(full.values())
+    assert plan.dropped == len(shapes) - len(places)
+    assert plan.never_seen == sum(n for n in there.values() if n < group)
+    assert plan.steps == (epoch + 1) * plan.steps_per_epoch == (epoch + 1) * len(found)
+
+
+def test_a_batch_mixes_shapes_as_the_crystals_do() -> None:
+    """Three in four samples of one shape: the same share of groups, in every batch nearly, and not always in front."""
+    shapes = [(8, 8, 8) if i % 4 else (16, 8, 8) for i in range(4000)]
+    found = epoch_batches(make_plan(shapes, 64, group=4), 0)
+    rare = np.array([[shapes[place] == (16, 8, 8) for place in batch] for batch in found.tolist()])
+    assert rare.mean() == pytest.approx(0.25, abs=0.01)
+    assert rare.mean(1).std() < 0.08
+    assert 0.1 < rare[:, 0].mean() < 0.5
 
 
 @given(SHAPES, st.integers(0, 2**32 - 1), st.integers(0, 1000), WINDOWS)
@@ -102,18 +117,21 @@ def test_what_an_epoch_drops_differs_from_epoch_to_epoch(window: int) -> None:
     assert max(left.values()) < 60 + 6 * 60**0.5
 
 
-@given(SHAPES, st.integers(1, 2), st.integers(1, 3), st.integers(0, 2**32 - 1), WINDOWS)
-def test_ranks_share_each_global_batch(shapes: list[Shape], sixth: int, epochs: int, seed: int, window: int) -> None:
+@given(SHAPES, st.integers(1, 2), st.integers(1, 3), st.integers(0, 2**32 - 1), WINDOWS, st.sampled_from([None, 2, 3]))
+def test_ranks_share_each_global_batch(
+    shapes: list[Shape], sixth: int, epochs: int, seed: int, window: int, group: int | None
+) -> None:
     """For 2, 1, 3 ranks: as many steps on every rank, and the slices of a step are the same batch, without overlap."""
     seen = {}
     for ranks in (2, 1, 3):
-        plans = [make_plan(shapes, 6 * sixth, epochs, seed, rank, ranks, window) for rank in range(ranks)]
+        plans = [make_plan(shapes, 6 * sixth, epochs, seed, rank, ranks, window, group=group) for rank in range(ranks)]
         (steps,) = {p.steps for p in plans}
         slices = [[p.places(step).tolist() for p in plans] for step in range(steps)]
         assert all(len(part) == 6 * sixth // ranks for parts in slices for part in parts)
         seen[ranks] = [[place for part in parts for place in part] for parts in slices]
     assert seen[1] == seen[2] == seen[3]
-    assert seen[1] == [batch for epoch in range(epochs) for batch in batches(shapes, 6 * sixth, epoch, seed, window)]
+    if group is None:
+        assert seen[1] == [batch for epoch in range(epochs) for batch in batches(shapes, 6 * sixth, epoch, seed, window)]
 
 
 # Windows
@@ -176,13 +194,14 @@ def test_a_million_samples_of_many_shapes_are_ordered_at_once(window: int) -> No
 
 
 def test_a_split_without_a_full_batch_is_refused() -> None:
-    with pytest.raises(ShardError, match=r"7 samples of 1 grid shapes, at most 7 of one shape, .*global_batch_size 8"):
+    with pytest.raises(ShardError, match=r"7 samples of 1 grid shapes, 0 of them in groups of 8 .*global_batch_size 8"):
         make_plan([ONE_SHAPE] * 7, 8)
     assert make_plan([ONE_SHAPE] * 8, 8).steps == 2
     mixed = [(8, 8, 8)] * 5 + [(16, 8, 8)] * 6
-    with pytest.raises(ShardError, match=r"11 samples of 2 grid shapes, at most 6 of one shape, .*lower it or voxelise"):
+    with pytest.raises(ShardError, match=r"11 samples of 2 grid shapes, 0 of them in groups of 8 .*lower it or voxelise"):
         make_plan(mixed, 8)
     assert (make_plan(mixed, 6).steps, make_plan(mixed, 6).never_seen) == (2, 5)
+    assert (make_plan(mixed, 8, group=2).steps, make_plan(mixed, 8, group=2).never_seen) == (2, 0)
 
 
 def test_a_step_is_looked_up_without_ordering_its_epoch_anew() -> None:
