@@ -56,9 +56,11 @@ class Evaluation:
     reconstructed: tuple[Decoded, ...]
     systems: dict[str, list[PairMetrics]]
 
-    def summary(self) -> dict[str, dict[str, float | None]]:
-        """Metrics of each system over all test crystals; a failed decode or a crystal not held is a miss."""
-        return {name: summarise(pairs) for name, pairs in self.systems.items()}
+    def summary(self, chosen: Sequence[int] | None = None) -> dict[str, dict[str, float | None]]:
+        """Metrics of each system over all test crystals, or over those at some places, at least one; a failed decode or a
+        crystal not held is a miss."""
+        places = range(len(self.cases)) if chosen is None else chosen
+        return {name: summarise([pairs[i] for i in places]) for name, pairs in self.systems.items()}
 
     def breakdown(self) -> dict[str, list[dict[str, Any]]]:
         """By each of `CLASSES` a row {'class', 'n_test', system: its summary...} for classes that are not empty."""
@@ -68,8 +70,7 @@ class Evaluation:
             rows = tables[by] = []
             for name in names:
                 if chosen := [place for place, other in enumerate(of) if other == name]:
-                    summaries = {key: summarise([pairs[i] for i in chosen]) for key, pairs in self.systems.items()}
-                    rows.append({"class": name, "n_test": len(chosen), **summaries})
+                    rows.append({"class": name, "n_test": len(chosen), **self.summary(chosen)})
         return tables
 
 

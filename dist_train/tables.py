@@ -59,4 +59,12 @@ def exposure(metrics: dict[str, Any]) -> str:
     )
     if not seen:
         return f"None of the {total} crystals is among {among}"
-    return f"WARNING: {seen} of the {total} crystals are among {among}: this is no held-out test"
+    told = f"WARNING: {seen} of the {total} crystals are among {among}: this is no held-out test"
+    if not (others := metrics["not_trained_on"]):
+        return told
+    rates = [
+        f"{others[name]['match_rate']:.1%} {label}"
+        for label, name in (("of the model", "model"), ("of the nearest training crystal", "nearest_training"))
+        if name in others
+    ]
+    return f"{told}; match rate of the other {total - seen}: {', '.join(rates)}"

@@ -6,7 +6,7 @@ import csv
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ def test_files_and_tables_with_crystals_that_cannot_be_read_or_held(
     assert found["nearest_training"]["match_rate"] >= len(good[1:]) / (len(good) + 2)
     assert found["n_trained_on"] == 0
     assert set(found["seconds"]) >= {"read", "prepare", "encode", "decode", "nearest", "ceiling", "compare", "write"}
-    rows = list(csv.DictReader((out / "crystals.csv").read_text().splitlines()))
+    rows = list(rows_of(out))
     assert len(rows) == found["n_test"]
     assert {row["id"] for row in rows if row["reason"].startswith(("spacing", "elements"))} == {"long", "strange"}
     printed = capsys.readouterr().out
@@ -126,6 +126,11 @@ def test_parts_add_up_to_the_whole(trained: RunConfig, tmp_path: Path) -> None:
             assert sum(row[system]["n_failed"] for row in rows) == found[system]["n_failed"]
 
 
+def rows_of(folder: Path) -> Iterator[dict[str, str]]:
+    """crystals.csv of an evaluation."""
+    yield from csv.DictReader((folder / "crystals.csv").read_text().splitlines())
+
+
 def test_training_crystals_are_known_again_in_another_file_and_writing(
     trained: RunConfig, split: Callable[[str], list[Crystal]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,7 +141,12 @@ def test_training_crystals_are_known_again_in_another_file_and_writing(
     assert found["n_trained_on"] == 5
     assert found["data"]["moved_by_seed"] == 7
     told = f"WARNING: 5 of the {5 + len(held_out)} crystals are among the model's {len(split('train'))} training samples"
-    assert told in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    others = found["not_trained_on"]["model"]["match_rate"]
+    hits = sum(row["match"] == "yes" and row["valid"] == "yes" for row in list(rows_of(tmp_path / "out"))[5:])
+    assert others == pytest.approx(hits / len(held_out))
+    assert told in printed
+    assert f"match rate of the other {len(held_out)}: {others:.1%} of the model" in printed
     assert told.replace("'", "&#x27;") in (tmp_path / "out" / "report.html").read_text()
     assert found["match_rate_perfect_copy"] == 1.0
     assert found["codec_ceiling"]["n_failed"] == found["n_not_held"]

@@ -214,13 +214,18 @@ def _counted(reasons: Iterable[str]) -> dict[str, int]:
 def _trained_on(result: Evaluation, known: NDArray[np.uint64] | None, about: dict[str, Any]) -> dict[str, Any]:
     """Test crystals whose digest is one of the model's training crystals; None where its bundle doesn't tell.
 
-    training_digests_of: training samples that the bundle lists, and how many there were.
+    training_digests_of: training samples that the bundle lists, and how many there were. not_trained_on: the metrics of
+    the other crystals, where there are of both.
     """
     if known is None or about.get("version") != DIGEST_VERSION:
-        return {"n_trained_on": None, "training_digests_of": None}
+        return {"n_trained_on": None, "training_digests_of": None, "not_trained_on": None}
     listed = set(known.tolist())
-    seen = sum(not listed.isdisjoint(case.digests) for case in result.cases)
-    return {"n_trained_on": seen, "training_digests_of": [about["samples"], about["of"]]}
+    new = [place for place, case in enumerate(result.cases) if listed.isdisjoint(case.digests)]
+    return {
+        "n_trained_on": len(result.cases) - len(new),
+        "training_digests_of": [about["samples"], about["of"]],
+        "not_trained_on": result.summary(new) if 0 < len(new) < len(result.cases) else None,
+    }
 
 
 def _look_around(codec: Codec, result: Evaluation, n_samples: int, steps: int) -> dict[str, list[Decoded]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from dist_train.crystal.digest import TOLERANCE_A, digest, digests_near, invaria
 from dist_train.crystal.interop import match_rms
 from dist_train.crystal.lattice import periodic_distances
 from dist_train.crystal.moved import moved
+from dist_train.crystal.parquet import read_parquet_rows
 from dist_train.crystal.structure import Crystal
 from dist_train.crystal.symmetry import crystal_system
 
@@ -63,6 +65,18 @@ def test_crystals_are_known_again_and_told_apart(sample_table: SampleTable) -> N
             other = moved(replace(crystal, frac_N3=crystal.frac_N3.round(4)), np.random.default_rng(seed))
             near = digests_near(replace(other, id="another id"))
             assert {known[found] for found in near if found in known} == {crystal.id}
+
+
+def test_phases_of_an_element_are_known_again_and_told_apart() -> None:
+    """Carbons of which most have neighbours alike: one in five of these is listed again, nearly the same."""
+    table = Path(__file__).parents[2] / "data" / "benchmarks" / "carbon_24_test_half_a.parquet"
+    crystals = [row for row in read_parquet_rows(table, 0, 200) if isinstance(row, Crystal)]
+    known = {digest(crystal) for crystal in crystals}
+    assert len(known) > 150
+    for seed, crystal in enumerate(crystals[::10]):
+        other = moved(replace(crystal, frac_N3=crystal.frac_N3.round(4)), np.random.default_rng(seed))
+        assert digest(crystal) in digests_near(replace(other, id="another id"))
+        assert invariants(crystal).shape == (6,)
 
 
 def test_orderings_of_one_framework_are_told_apart(sample_table: SampleTable) -> None:
