@@ -22,7 +22,7 @@ from dist_train.crystal.extxyz import to_extxyz
 from dist_train.crystal.interop import density_g_cm3, symmetric_cif
 from dist_train.crystal.metrics import possible
 from dist_train.crystal.parallel import parallel_map
-from dist_train.crystal.relax import Relaxed, make_calculator, relax
+from dist_train.crystal.relax import Calculator, Relaxed, relax
 from dist_train.crystal.structure import Crystal
 from dist_train.crystal.symmetry import EXACT_A, TOLERANCE_A, SpaceGroup, snapped, space_group
 from dist_train.errors import CrystalError, kind_of
@@ -47,13 +47,13 @@ COLUMNS = (
 class Finish:
     """What to do with decoded crystals.
 
-    screens: which to keep; symmetrize_A: snap atoms within so many angstrom of symmetry to it; calculator: MODULE:FACTORY
-    of ASE to relax by, at most so many steps; workers: processes for what takes long.
+    screens: which to keep; symmetrize_A: snap atoms within so many angstrom of symmetry to it; calculator: of ASE, to relax
+    by, at most so many steps; workers: processes for what takes long.
     """
 
     screens: Screens = field(default_factory=lambda: Screens(()))
     symmetrize_A: float | None = None
-    calculator: str | None = None
+    calculator: Calculator | None = None
     relax_steps: int = 200
     workers: int = 1
 
@@ -101,12 +101,11 @@ class Result:
 
 def finished(results: Sequence[Result], finish: Finish, stages: Stages) -> list[Result]:
     """Decoded crystals snapped, relaxed, described and screened, in this order; those that failed are left as they are."""
-    calculator = make_calculator(finish.calculator) if finish.calculator else None
     steps: list[tuple[str, Callable[[Result], Result], int]] = []
     if finish.symmetrize_A is not None:
         steps.append(("snap", partial(_snap, tolerance_A=finish.symmetrize_A), finish.workers))
-    if calculator is not None:
-        steps.append(("relax", partial(_relax, calculator=calculator, steps=finish.relax_steps), 1))
+    if finish.calculator is not None:
+        steps.append(("relax", partial(_relax, calculator=finish.calculator, steps=finish.relax_steps), 1))
     steps.append(("symmetry", partial(_describe, tolerance_A=finish.tolerance_A), finish.workers))
     made = [place for place, result in enumerate(results) if result.crystal is not None]
     done = list(results)
@@ -142,7 +141,7 @@ def _snap(result: Result, tolerance_A: float) -> Result:
     return replace(result, crystal=found or result.crystal, snapped=found is not None)
 
 
-def _relax(result: Result, calculator: Any, steps: int) -> Result:
+def _relax(result: Result, calculator: Calculator, steps: int) -> Result:
     assert result.crystal is not None
     try:
         found = relax(result.crystal, calculator, steps)
@@ -192,12 +191,11 @@ def counts(results: Sequence[Result], finish: Finish) -> dict[str, Any]:
         "n_without_symmetric_cif": sum(result.symmetric is None for result in kept),
         "snapped": _snaps(results) if finish.symmetrize_A is not None else None,
         "relaxation": {
-            "calculator": finish.calculator,
             "n_relaxed": sum(run.converged for run in relaxed),
             "n_stopped": sum(not run.converged for run in relaxed),
             "n_failed": failures.total(),
             "failed": dict(failures.most_common()),
-        } if finish.calculator else None,
+        } if finish.calculator is not None else None,
     }  # fmt: skip
 
 

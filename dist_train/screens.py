@@ -63,7 +63,7 @@ def parse_screens(texts: Sequence[str]) -> tuple[tuple[str, ...], float]:
         name, equals, value = text.partition("=")
         if name not in SCREENS or bool(equals) != (name == "distance"):
             known = ", ".join(f"{known}=1.0" if known == "distance" else known for known in SCREENS)
-            raise ConfigError(f"--screen {text!r} is unknown, known are {known}")
+            raise ConfigError(f"--screen {text!r} is none of {known}")
         if equals:
             try:
                 distance = float(value)

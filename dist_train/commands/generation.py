@@ -21,6 +21,7 @@ from dist_train.crystal.case import check_elements
 from dist_train.crystal.decode import Decoded
 from dist_train.crystal.density_files import channel_names, in_box, to_chgcar, to_cube
 from dist_train.crystal.frames import representable
+from dist_train.crystal.relax import make_calculator
 from dist_train.crystal.structure import Crystal
 from dist_train.errors import ConfigError, CrystalError, DataError, ModelError
 from dist_train.files import STAGE_NAME, sha256, staged, write_text
@@ -121,7 +122,8 @@ def generate(options: GenerateOptions) -> Generation:
         raise ModelError(f"--screen novel: {options.model} doesn't list its training crystals; leave that screen out")
     digests = frozenset(known.tolist() if known is not None and "novel" in names else ())
     screens = Screens(names, distance, digests)
-    finish = Finish(screens, options.symmetrize, options.relax, options.relax_steps, options.workers)
+    calculator = make_calculator(options.relax) if options.relax else None
+    finish = Finish(screens, options.symmetrize, calculator, options.relax_steps, options.workers)
     codec = Codec(network)
     asked = list(_TASKS[options.task](options, codec, stages))
     results = finished(_decoded(codec, asked, options.workers, stages), finish, stages)

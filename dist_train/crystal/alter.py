@@ -84,8 +84,8 @@ def scaled(crystal: Crystal, factor: float, elements: Sequence[int], region: Reg
     numbers = np.where(inside, nearest, crystal.numbers_N)
     if (numbers == crystal.numbers_N).all():
         raise DataError(
-            f"{crystal.id}: a density {factor:g} times as high changes no element {region or 'of the crystal'}; of those "
-            f"that the model knows, none is nearer: give another factor"
+            f"{crystal.id}: of the elements that the model knows, none is nearer to a density {factor:g} times as high "
+            f"{region or 'in the crystal'} than those that are there: give another factor"
         )
     return replace(crystal, numbers_N=numbers)
 

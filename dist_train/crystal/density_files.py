@@ -19,6 +19,8 @@ from dist_train.crystal.structure import Crystal
 
 BOHR_A = 0.529177210903
 """CODATA 2018."""
+LOOPS = "OUTER LOOP: X, MIDDLE LOOP: Y, INNER LOOP: Z"
+"""ASE takes the order of a cube's axes from its second line, where that has the first two words."""
 CUBE_COLUMNS, CHGCAR_COLUMNS = 6, 5
 
 Density = NDArray[np.floating]
@@ -44,7 +46,7 @@ def in_box(crystal: Crystal, spec: GridSpec) -> Crystal:
 
 def to_cube(crystal: Crystal, density_DHW: Density, comment: str) -> str:
     """Cube text of a grid that fills the crystal's cell; lengths in bohr, the values as they are, six digits."""
-    lines = [" ".join(comment.split()), f"{crystal.id}: outer loop a, middle loop b, inner loop c"]
+    lines = [" ".join(comment.split()), LOOPS]
     lines.append(f"{len(crystal):5d}" + _row(np.zeros(3)))
     for count, vector in zip(density_DHW.shape, crystal.lattice_A):
         lines.append(f"{count:5d}" + _row(vector / count / BOHR_A))

@@ -9,15 +9,15 @@ import importlib
 import math
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 from dist_train.crystal.interop import from_ase, one_line, to_ase
 from dist_train.crystal.metrics import possible
 from dist_train.crystal.structure import Crystal
 from dist_train.errors import ConfigError, CrystalError
 
-if TYPE_CHECKING:
-    from ase.calculators.calculator import Calculator
+Calculator: TypeAlias = Any
+"""What ASE takes for one."""
 
 MAX_FORCE = 0.05
 """eV per angstrom below which a crystal is relaxed; the stress, times the volume over the number of atoms, too."""
@@ -68,7 +68,7 @@ def relax(crystal: Crystal, calculator: Calculator, steps: int, max_force: float
     return Relaxed(moved, energy, done, converged)
 
 
-def _run(crystal: Crystal, calculator: Any, steps: int, max_force: float) -> tuple[Any, int, bool]:
+def _run(crystal: Crystal, calculator: Calculator, steps: int, max_force: float) -> tuple[Any, int, bool]:
     """(the atoms, steps done, whether it ended well)."""
     from ase.filters import FrechetCellFilter
     from ase.optimize import FIRE

@@ -22,11 +22,12 @@ from dist_train.backends import mlflow_tracker
 from dist_train.backends.mlflow_registry import pull
 from dist_train.backends.mlflow_tracker import MlflowUploader
 from dist_train.cli import main
-from dist_train.commands import models, registry
+from dist_train.commands import registry
 from dist_train.commands import training as commands
+from dist_train.commands.generation import GenerateOptions, generate, summary
 from dist_train.config import RunConfig
 from dist_train.crystal.cif import parse_cif, write_cif
-from dist_train.errors import ConfigError, DataError, ModelError
+from dist_train.errors import ConfigError, ModelError
 from dist_train.models.export import read_bundle
 from dist_train.node import free_port
 from dist_train.shards.index import Index
@@ -236,12 +237,10 @@ def test_crystals_of_the_same_name_are_all_written(tracked: RunConfig, tmp_path:
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "x.cif").write_text(write_cif(crystal))
     inputs = [str(tmp_path / folder / "x.cif") for folder in ("a", "b")]
-    told = models.generate("reconstruct", inputs, str(tracked.run_dir / "bundle"), None, tmp_path / "out", 0, 0, 0)
-    written = len(list((tmp_path / "out").glob("*.cif"))) if (tmp_path / "out").exists() else 0
-    assert told.startswith(f"{written} of 2")
+    found = generate(GenerateOptions("reconstruct", str(tracked.run_dir / "bundle"), None, tmp_path / "out", inputs))
+    written = len(list((tmp_path / "out" / "cifs").iterdir()))
+    assert summary(found).startswith(f"{written} of 2")
     assert written in (0, 2)
-    with pytest.raises(DataError, match="takes some crystals"):
-        models.generate("reconstruct", [], str(tracked.run_dir / "bundle"), None, tmp_path / "out", 0, 0, 0)
 
 
 @pytest.mark.parametrize("uri", ["nonsense", "http://127.0.0.1:9", "foo://bar"])
