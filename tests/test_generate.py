@@ -26,7 +26,7 @@ from dist_train.commands.generation import GenerateOptions, Generation, generate
 from dist_train.commands.models import file_names, read_crystals
 from dist_train.config import GridSpec
 from dist_train.crystal.alter import Region, replaced, scaled
-from dist_train.crystal.cif import read_cif, write_cif
+from dist_train.crystal.cif import parse_cif, read_cif, write_cif
 from dist_train.crystal.decode import Decoded
 from dist_train.crystal.density_files import channel_names, to_chgcar, to_cube
 from dist_train.crystal.elements import NUMBERS
@@ -43,6 +43,7 @@ from dist_train.models.export import SUMS_NAME, read_bundle, training_digests
 from dist_train.models.reconstruct import Codec
 from dist_train.progress import Stages
 from dist_train.screens import Screens, nearest_A
+from dist_train.serving import answer
 
 ROOT = Path(__file__).parents[1]
 PEROV, CARBON = (str(ROOT / "data" / "models" / name) for name in ("perov_5", "carbon_24"))
@@ -258,6 +259,38 @@ def test_perturbed_crystals_lie_at_the_radius_and_follow_from_the_seed(tmp_path:
     assert len(cells) == 8 == len(crystals)
 
 
+def test_a_served_model_alters_and_interpolates_as_the_command_does(tmp_path: Path, codec: Codec) -> None:
+    cifs = [path.read_text() for path in (KNOWN, CIFS / "perov_5" / "10149.cif")]
+    edit: dict[str, Any] = {"replace": "Sn=Zr Bi=Pb", "within": 1.0, "of": "0.13 0 0"}
+    served = answer(codec, {"cif": cifs[:1]}, {"task": "alter", "n": 2, "radius": 3.0, "seed": 4, **edit})
+    options: dict[str, Any] = {"replace": edit["replace"].split(), "within": 1.0, "of": (0.13, 0, 0)}
+    found = made(tmp_path / "a", "alter", inputs=[KNOWN], perturb=3.0, n=2, seed=4, **options)
+    for text, result in zip(served["cif"], found.results, strict=True):
+        crystal = parse_cif(str(text), "served", 1000)
+        assert crystal.formula == "Bi1 O2 S1 Zr1"
+        assert result.crystal is not None
+        assert same_crystal(crystal, result.crystal, 1e-3)
+    arc = answer(codec, {"cif": cifs}, {"task": "interpolate", "steps": 3, "path": "spherical"})
+    line = answer(codec, {"cif": cifs}, {"task": "interpolate", "steps": 3})
+    assert [a == b for a, b in zip(arc["latent"], line["latent"], strict=True)][1] is False
+    latent = str(line["latent"][0])
+    for table, params, told in (
+        ({"cif": cifs[:1]}, {"replace": "Ti=Zr"}, "row 0: no Ti to replace"),
+        ({"latent": [latent]}, {"replace": "Ti=Zr"}, "row 0: a latent has no atoms to replace"),
+    ):
+        (error,) = answer(codec, table, {"task": "alter", **params})["error"]
+        assert told in str(error)
+    for params, told in (
+        ({"replace": "Ti"}, "give OLD=NEW"),
+        ({"replace": "Sn=Zr", "within": 1.0}, "give both or none"),
+        ({"replace": "Sn=Zr", "within": 1.0, "of": "0 0"}, "three fractional coordinates"),
+        ({"replace": "Sn=Zr", "within": 1.0, "of": "here"}, "could not convert"),
+        ({"scale": float("inf")}, "not a number that can be used"),
+    ):
+        with pytest.raises(ModelError, match=told):
+            answer(codec, {"cif": cifs}, {"task": "alter", **params})
+
+
 # Screens
 
 
@@ -464,6 +497,7 @@ LARGE = min((CIFS / "mp2025_n101_up").glob("*.cif"))
             "no atom lies within 0.1 A of 0.3 0.3 0.3, the nearest is 1.789 A away",
         ),
         ("alter", {"inputs": [KNOWN], "replace": ["Sn=Zr"], "within": 0.1}, "give both or none"),
+        ("alter", {"inputs": [KNOWN], "within": 0.1, "of": (0, 0, 0)}, "and neither is given"),
         ("alter", {"inputs": [KNOWN], "replace": ["Sn=Zr"], "n": 2}, "one and the same"),
         ("sample", {"screens": ["nice"]}, "--screen 'nice' is none of valid, distance=1.0"),
         ("sample", {"screens": ["distance=-1"]}, "'-1' is no distance"),

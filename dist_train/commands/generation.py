@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dist_train import __version__
 from dist_train.commands.models import bundle_folder, file_names, read_crystals
-from dist_train.crystal.alter import Region, parse_replacements, replaced, scaled
+from dist_train.crystal.alter import make_edit
 from dist_train.crystal.case import check_elements
 from dist_train.crystal.decode import Decoded
 from dist_train.crystal.density_files import channel_names, in_box, to_chgcar, to_cube
@@ -162,13 +162,8 @@ def _check(options: GenerateOptions) -> None:
     if (options.task == "sample") == bool(options.inputs):
         many = "no" if options.task == "sample" else "some"
         raise DataError(f"generate {options.task} takes {many} crystals, {len(options.inputs)} were given")
-    if (options.within is None) != (options.of is None):
-        raise ConfigError("--within RADIUS and --of A B C describe a region together: give both or none")
-    edited = bool(options.replace) or options.scale is not None
-    if options.within is not None and not edited:
-        raise ConfigError("--within is of --replace or --scale, and neither is given")
     if options.task == "alter":
-        if not edited and options.perturb is None:
+        if not options.replace and options.scale is None and options.within is None and options.perturb is None:
             raise ConfigError("generate alter has nothing to do: give --replace, --scale or --perturb")
         if options.n > 1 and options.perturb is None:
             raise ConfigError(f"-n {options.n} crystals would be one and the same: give --perturb, too, or leave -n out")
@@ -226,8 +221,9 @@ def _interpolate(options: GenerateOptions, codec: Codec, stages: Stages) -> Iter
 
 
 def _alter(options: GenerateOptions, codec: Codec, stages: Stages) -> Iterator[_Asked]:
+    edit = make_edit(options.replace, options.scale, options.within, options.of, codec.model.elements)
     crystals = read_crystals(options.inputs, codec.model.grid)
-    edited = [_edited(crystal, options, codec.model.elements) for crystal in crystals]
+    edited = [edit(crystal) for crystal in crystals]
     latents = _encoded(codec, [_held(crystal, codec) for crystal in edited], stages)
     for original, given, latent in zip(crystals, edited, latents, strict=True):
         if options.perturb is None:
@@ -238,18 +234,6 @@ def _alter(options: GenerateOptions, codec: Codec, stages: Stages) -> Iterator[_
 
 
 _TASKS = {"sample": _sample, "reconstruct": _reconstruct, "interpolate": _interpolate, "alter": _alter}
-
-
-def _edited(crystal: Crystal, options: GenerateOptions, elements: Sequence[int]) -> Crystal:
-    region = None
-    if options.within is not None and options.of is not None:
-        x, y, z = options.of
-        region = Region((x, y, z), options.within)
-    if options.replace:
-        crystal = replaced(crystal, parse_replacements(options.replace, elements), region)
-    if options.scale is not None:
-        crystal = scaled(crystal, options.scale, elements, region)
-    return crystal
 
 
 def _held(crystal: Crystal, codec: Codec) -> Crystal:

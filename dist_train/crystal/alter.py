@@ -36,6 +36,45 @@ class Region:
         return f"within {self.radius_A:g} A of {' '.join(f'{x:g}' for x in self.centre_3)}"
 
 
+@dataclass(frozen=True)
+class Edit:
+    """Elements to replace (old -> new), then a factor of the density (see `scaled`), both in a region or everywhere.
+
+    elements: that a model knows.
+    """
+
+    others: Mapping[int, int]
+    factor: float | None
+    region: Region | None
+    elements: Sequence[int]
+
+    def __call__(self, crystal: Crystal) -> Crystal:
+        """The crystal edited; the same where there is nothing to do. Raises DataError as `replaced` and `scaled` do."""
+        if self.others:
+            crystal = replaced(crystal, self.others, self.region)
+        return crystal if self.factor is None else scaled(crystal, self.factor, self.elements, self.region)
+
+
+def make_edit(
+    pairs: Sequence[str],
+    factor: float | None,
+    radius_A: float | None,
+    centre: Sequence[float] | None,
+    elements: Sequence[int],
+) -> Edit:
+    """The edit of texts such as 'Ti=Zr', a factor, and a region, which needs both its numbers. Raises DataError."""
+    others, region = parse_replacements(pairs, elements), None
+    if (radius_A is None) != (centre is None):
+        raise DataError("within (a radius) and of (fractional coordinates) describe a region together: give both or none")
+    if radius_A is not None and centre is not None:
+        if len(centre) != 3 or not np.isfinite(centre).all():
+            raise DataError(f"of {' '.join(map(str, centre))}: three fractional coordinates are needed, such as 0.5 0.5 0.5")
+        if not others and factor is None:
+            raise DataError(f"within {radius_A:g} is of replace or scale, and neither is given")
+        region = Region((centre[0], centre[1], centre[2]), radius_A)
+    return Edit(others, factor, region, elements)
+
+
 def parse_replacements(pairs: Sequence[str], elements: Sequence[int]) -> dict[int, int]:
     """Atomic numbers, old -> new, of texts such as 'Ti=Zr'; new ones have to be among the elements that a model knows.
 
@@ -45,15 +84,15 @@ def parse_replacements(pairs: Sequence[str], elements: Sequence[int]) -> dict[in
     for pair in pairs:
         old, equals, new = pair.partition("=")
         if not equals:
-            raise DataError(f"--replace {pair!r} is no pair of elements: give OLD=NEW, such as Ti=Zr")
+            raise DataError(f"replace {pair!r} is no pair of elements: give OLD=NEW, such as Ti=Zr")
         for symbol in (old, new):
             if symbol not in NUMBERS:
-                raise DataError(f"--replace {pair}: {symbol!r} is no element: give its symbol, such as Ti")
+                raise DataError(f"replace {pair}: {symbol!r} is no element: give its symbol, such as Ti")
         if NUMBERS[new] not in elements:
             known = " ".join(SYMBOLS[z] for z in sorted(elements))
-            raise DataError(f"--replace {pair}: the model was trained without {new}, it knows {known}")
+            raise DataError(f"replace {pair}: the model was trained without {new}, it knows {known}")
         if NUMBERS[old] in found:
-            raise DataError(f"--replace {pair}: {old} is replaced twice, give one element for it")
+            raise DataError(f"replace {pair}: {old} is replaced twice, give one element for it")
         found[NUMBERS[old]] = NUMBERS[new]
     return found
 
