@@ -149,6 +149,15 @@ def test_nothing_is_left_of_a_write_that_fails(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
 
+def test_crystals_of_the_same_name_are_all_written(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(KNOWN, tmp_path / folder / "x.cif")
+    made(tmp_path / "out", "reconstruct", inputs=[tmp_path / folder / "x.cif" for folder in ("a", "b")])
+    assert {path.name for path in (tmp_path / "out" / "cifs").iterdir()} == {"x.cif", "x-2.cif"}
+    assert [row["file"] for row in table(tmp_path / "out")] == ["cifs/x.cif", "cifs/x-2.cif"]
+
+
 def test_names_of_files_are_all_different() -> None:
     ids = ["a/b", "a_b", "a_b-2", "a_b", "é" * 300, ""]
     names = file_names(ids)
