@@ -249,6 +249,16 @@ def test_a_replacement_changes_the_grid_around_the_atom_alone(codec: Codec) -> N
         np.testing.assert_allclose(channel, height * bump, atol=1e-5)
 
 
+def test_a_region_is_a_sphere_in_any_cell() -> None:
+    """Cubic, written in a skewed cell: distances from an atom's image to all atoms are those of the cube."""
+    change = np.array([[1, 0, 0], [3, 1, 0], [-2, 5, 1]])
+    skewed = replace(CUBIC, lattice_A=change @ CUBIC.lattice_A, frac_N3=CUBIC.frac_N3 @ np.linalg.inv(change))
+    centre = skewed.frac_N3[1] + (2, -1, 7)
+    np.testing.assert_allclose(Region(tuple(centre), 1).distances(skewed), [2 * 3**0.5, 0], atol=1e-9)
+    half = Region(tuple(np.array([0.5, 0, 0]) @ np.linalg.inv(change)), 2.0)
+    assert replaced(skewed, {55: 37, 17: 9}, half).numbers_N.tolist() == [37, 17]
+
+
 def test_a_scaled_density_becomes_the_nearest_element() -> None:
     crystal = read_cif(KNOWN, 1000)
     assert scaled(crystal, 0.8, [8, 40, 66]).numbers_N.tolist() == [40, 66, 8, 8, 8]
@@ -369,6 +379,17 @@ def test_a_snapped_crystal_has_exactly_the_symmetry_that_was_found() -> None:
         assert exact.formula == true.formula
     triclinic = Crystal("p1", np.eye(3) * [3, 4, 5] + 0.3, rng.random((5, 3)), [1, 6, 7, 8, 9])
     assert space_group(triclinic, 0.01) == (1, "P1")
+
+
+def test_a_crystal_that_snaps_to_another_symmetry_is_left_as_it_is() -> None:
+    """One of the rare ones (found among 360): spglib's standardised cell has P-1 where it had found Ibam."""
+    true = read_cif(CIFS / "mp_20" / "mp-1208901.cif", 1000)
+    noise = 0.03 * np.random.default_rng(2).normal(size=true.frac_N3.shape) @ np.linalg.inv(true.lattice_A)
+    noisy = replace(true, frac_N3=true.frac_N3 + noise)
+    assert space_group(noisy, 0.3) == (72, "Ibam")
+    assert snapped(noisy, 0.3) is None
+    (result,) = finished([result_of("x", Decoded(noisy, np.ones(1)))], Finish(symmetrize_A=0.3), Stages(99))
+    assert (result.crystal, result.snapped) == (noisy, False)
 
 
 def test_symmetrized_samples_are_written_with_their_space_group(tmp_path: Path) -> None:
