@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -418,24 +419,108 @@ def _evaluate(options: argparse.Namespace) -> str:
 
 
 def _add_generate(verbs: Verbs) -> None:
-    parser = _verb(verbs, "generate", "reconstruct, sample or interpolate crystals; writes CIF files")
-    parser.add_argument("task", choices=("reconstruct", "sample", "interpolate"), help="what to do")
-    parser.add_argument("inputs", nargs="*", help="crystals (CIF files, folders, Parquet) to reconstruct or interpolate")
-    _model_options(parser)
-    parser.add_argument("--out", type=Path, required=True, help="output folder")
-    parser.add_argument("-n", type=_count, default=16, help="crystals to sample")
-    parser.add_argument("--steps", type=_count, default=9, help="crystals on the way, both ends included")
-    parser.add_argument("--seed", type=_count, default=0, help="seed of the samples: same seed, same crystals")
+    parser = _verb(
+        verbs, "generate", "crystals from a trained model: reconstruct, sample, interpolate or alter",
+        "Writes CIF files in P1 and with symmetry, crystals.extxyz, a table, an archive and metrics.json. Same seed, same "
+        "bytes. Each action has its own --help.",
+    )  # fmt: skip
+    actions = parser.add_subparsers(metavar="ACTION", required=True, dest="task")
+    for action, told in (
+        ("reconstruct", "known crystals through the model and back; what it can't take is counted"),
+        ("sample", "new crystals, drawn as the training crystals lie in latent space"),
+        ("interpolate", "crystals on the way from each known one to the next"),
+        ("alter", "known crystals with other elements, everywhere or around a place; or crystals near known ones"),
+    ):
+        verb = _verb(actions, action, told)
+        if action != "sample":
+            verb.add_argument("inputs", nargs="+", metavar="IN", help="crystals: CIF files, folders, archives, Parquet")
+        _model_options(verb)
+        verb.add_argument("--out", type=Path, required=True, help="output folder; generated crystals in it are replaced")
+        _GENERATE.get(action, lambda verb: None)(verb)
+        _finish_options(verb)
     parser.set_defaults(run=_generate)
 
 
-def _generate(options: argparse.Namespace) -> str:
-    from dist_train.commands.models import generate
+def _sample_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-n", type=_count, default=16, help="crystals to sample")
+    parser.add_argument("--seed", type=_count, default=0, help="same seed, same crystals")
 
-    return generate(
-        options.task, options.inputs, options.model, options.tracking_uri, options.out, options.n, options.steps,
-        options.seed,
+
+def _interpolate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=_steps, default=9, help="crystals from each to the next, both ends included")
+    parser.add_argument(
+        "--path", choices=("linear", "spherical"), default="linear",
+        help="straight through latent space, or on an arc around the mean of the training crystals",
     )  # fmt: skip
+
+
+def _alter_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--replace", nargs="+", default=[], metavar="OLD=NEW", help="elements to replace, such as Ti=Zr")
+    parser.add_argument(
+        "--scale", type=_positive_float, metavar="FACTOR",
+        help="rescale the density: atoms become the known element whose atomic number is nearest to FACTOR times their own",
+    )  # fmt: skip
+    parser.add_argument(
+        "--within", type=_positive_float, metavar="RADIUS", help="replace or scale only so many angstrom around --of"
+    )
+    parser.add_argument(
+        "--of", nargs=3, type=float, metavar=("A", "B", "C"), help="fractional coordinates in the cell as given; periodic"
+    )
+    parser.add_argument(
+        "--perturb", type=_positive_float, metavar="RADIUS",
+        help="-n crystals at this distance in random directions of latent space, in standard deviations of the training "
+        "crystals' latents",
+    )  # fmt: skip
+    parser.add_argument("-n", type=_positive, default=1, help="crystals around each one given, with --perturb")
+    parser.add_argument("--seed", type=_count, default=0, help="of the directions")
+
+
+_GENERATE = {"sample": _sample_options, "interpolate": _interpolate_options, "alter": _alter_options}
+
+
+def _finish_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--screen", dest="screens", nargs="+", action="extend", default=[], metavar="SCREEN",
+        help="keep only crystals that pass, and count the others: valid (no atoms within 0.5 A), distance=1.0 (none within "
+        "that), composition (charges balance; SMACT), novel (not trained on), unique (unlike those before)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--symmetrize", type=_positive_float, metavar="TOLERANCE",
+        help="snap atoms within so many angstrom of symmetry to it; without it, symmetry is only found, within 0.1 A",
+    )  # fmt: skip
+    parser.add_argument(
+        "--relax", metavar="MODULE:FACTORY",
+        help="relax atoms and cell by a calculator of ASE, such as ase.calculators.emt:EMT or chgnet.model:CHGNetCalculator",
+    )  # fmt: skip
+    parser.add_argument("--relax-steps", type=_count, default=200, metavar="N", help="at most; 0 gives the energy alone")
+    parser.add_argument(
+        "--density", choices=("cube", "chgcar"), help="also write each channel of each crystal's decoded grid"
+    )
+    parser.add_argument("--workers", type=_count, default=os.cpu_count() or 1, help="processes, where there is much to do")
+
+
+def _steps(text: str) -> int:
+    """A whole number from 2 up."""
+    if (number := _count(text)) < 2:
+        raise argparse.ArgumentTypeError(f"{text} is too few: both ends are included, give 2 or more")
+    return number
+
+
+def _positive_float(text: str) -> float:
+    """A finite number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return number
+
+
+def _generate(options: argparse.Namespace) -> str:
+    from dist_train.commands.generation import GenerateOptions, generate, summary
+
+    return summary(generate(GenerateOptions(**{name: value for name, value in vars(options).items() if name != "run"})))
 
 
 def _add_score(verbs: Verbs) -> None:

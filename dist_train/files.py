@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+STAGE_NAME = ".partial"
 
 
 @contextmanager
@@ -34,6 +37,29 @@ def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file atomically and durably; lone surrogates, which UTF-8 lacks, become question marks."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="replace", newline="\n")
+
+
+@contextmanager
+def staged(folder: Path, names: Iterable[str]) -> Iterator[Path]:
+    """An empty folder whose files and folders move to `folder` when the block ends well, in place of those of `names` there.
+
+    What else `folder` holds is left alone.
+    """
+    stage = folder / STAGE_NAME
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir(parents=True)
+    try:
+        yield stage
+        for name in names:
+            path = folder / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        for path in sorted(stage.iterdir()):
+            path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
 
 
 def fsync(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from math import pi
 
 import numpy as np
 import torch
@@ -58,10 +59,27 @@ def sample_latents(codec: Codec, n: int, seed: int) -> Tensor:
     return mean + model.latent_scale * torch.cat([*drawn, noise[:0]])
 
 
-def interpolate_latents(start_L: Tensor, stop_L: Tensor, steps: int) -> Tensor:
-    """[steps, latent] on the straight line from one latent to another, both ends included."""
+def interpolate_latents(start_L: Tensor, stop_L: Tensor, steps: int, around_L: Tensor | None = None) -> Tensor:
+    """[steps, latent] from one latent to another, both ends included.
+
+    On the straight line; around a latent, such as the prior's mean, on the arc that turns at an even pace from one end's
+    direction to the other's (Shoemake, SIGGRAPH 1985). A straight line comes nearer to the mean than crystals lie.
+    """
     weights = torch.linspace(0, 1, steps)[:, None]
-    return start_L + weights * (stop_L - start_L)
+    if around_L is None:
+        return start_L + weights * (stop_L - start_L)
+    start, stop = start_L - around_L, stop_L - around_L
+    lengths = start.norm() * stop.norm()
+    angle = torch.arccos((start @ stop / lengths.clamp_min(1e-30)).clamp(-1, 1))
+    if not 1e-3 < angle < pi - 1e-3:  # one direction, or opposite ones with no arc of their own between them
+        return interpolate_latents(start_L, stop_L, steps)
+    arc: Tensor = (torch.sin((1 - weights) * angle) * start + torch.sin(weights * angle) * stop) / torch.sin(angle)
+    return around_L + arc
+
+
+def shift_latents(latent_NL: Tensor, direction_L: Tensor, amounts: Sequence[float]) -> Tensor:
+    """[N, amounts, latent]: each latent moved by every amount along a direction, whose own length counts as 1."""
+    return latent_NL[:, None] + torch.tensor(amounts, dtype=latent_NL.dtype)[:, None] * direction_L
 
 
 def altered_latents(codec: Codec, latent_L: Tensor, n: int, radius: float, seed: int) -> Tensor:

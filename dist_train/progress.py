@@ -65,15 +65,19 @@ class Progress:
 
 
 class Stages:
-    """The stages of a job, each with a progress bar; `seconds` holds how long each took."""
+    """The stages of a job, each with a progress bar; `seconds` holds how long each took.
 
-    def __init__(self) -> None:
+    least: a stage of fewer steps has no bar.
+    """
+
+    def __init__(self, least: int = 0) -> None:
         self.seconds: dict[str, float] = {}
+        self._least = least
 
     @contextmanager
     def stage(self, name: str, total: int, unit: str = "crystals") -> Iterator[Progress]:
         """A stage of so many steps; one of the same name again adds to its seconds."""
         began = time.monotonic()
-        with Progress(name, total, unit) as bar:
+        with Progress(name, total, unit, shown=total >= self._least) as bar:
             yield bar
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began

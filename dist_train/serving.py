@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -14,10 +14,11 @@ from pydantic import Field, ValidationError
 from torch import Tensor
 
 from dist_train.config import Count, NonNegative, Section
+from dist_train.crystal.alter import Edit, make_edit
 from dist_train.crystal.cif import parse_cif, write_cif
 from dist_train.crystal.frames import representable
 from dist_train.crystal.structure import Crystal
-from dist_train.errors import CrystalError, ModelError
+from dist_train.errors import CrystalError, DataError, ModelError
 from dist_train.generate import altered_latents, decode, encode, interpolate_latents, sample_latents
 from dist_train.models.reconstruct import Codec
 
@@ -47,6 +48,16 @@ class Params(Section):
     """Of 'sample' and 'alter'."""
     radius: NonNegative = 1.0
     """Of 'alter': how far from the row's crystal, in standard deviations of the training crystals' latents."""
+    replace: str = ""
+    """Of 'alter' and rows of `cif`: elements to replace first, such as 'Ti=Zr', several with spaces between them."""
+    scale: NonNegative = 0.0
+    """As `replace`: factor of the density, see `crystal.alter.scaled`; 0 for none."""
+    within: NonNegative = 0.0
+    """Radius in angstrom of the region that `replace` and `scale` are of; 0 for the whole crystal."""
+    of: str = ""
+    """Middle of that region, three fractional coordinates in the cell as given, with spaces between them."""
+    path: Literal["linear", "spherical"] = "linear"
+    """Of 'interpolate': straight, or on an arc around the mean of the training crystals' latents."""
 
 
 def answer(codec: Codec, table: Mapping[str, Sequence[object]], params: dict[str, Any]) -> dict[str, list[object]]:
@@ -58,7 +69,8 @@ def answer(codec: Codec, table: Mapping[str, Sequence[object]], params: dict[str
     sources = TASKS[asked.task]
     if sources and not set(sources) & table.keys():
         raise ModelError(f"{asked.task} takes a table with the column {' or '.join(sources)}, this one has {[*table]}")
-    rows = [] if asked.task == "sample" else _latents(codec, table, sources)
+    edit = _edit(asked, codec) if asked.task == "alter" else None
+    rows = [] if asked.task == "sample" else _latents(codec, table, sources, edit)
     wanted = {"sample": asked.n, "interpolate": (len(rows) - 1) * asked.steps, "alter": len(rows) * asked.n}
     if (number := wanted.get(asked.task, len(rows))) > MAX_ROWS:
         raise ModelError(f"{asked.task} would give {number} crystals, at most {MAX_ROWS} can be had: send several requests")
@@ -67,7 +79,7 @@ def answer(codec: Codec, table: Mapping[str, Sequence[object]], params: dict[str
     elif asked.task == "interpolate":
         if len(rows) < 2:
             raise ModelError(f"interpolate takes two rows or more, {len(rows)} were given")
-        rows = [point for ends in pairwise(rows) for point in _between(*ends, asked.steps)]
+        rows = [point for ends in pairwise(rows) for point in _between(*ends, asked, codec)]
     elif asked.task == "alter":
         rows = [near for row in rows for near in _near(codec, row, asked)]
     return _columns(codec, rows, decoded=asked.task != "encode")
@@ -85,12 +97,26 @@ def checked(params: dict[str, Any]) -> Params:
         raise ModelError(f"param {name} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
     if asked.task not in TASKS:
         raise ModelError(f"task {asked.task!r} is unknown, known are {', '.join(TASKS)}")
-    if not math.isfinite(asked.radius):
-        raise ModelError(f"param radius = {asked.radius}: not a number that can be used")
+    for name in ("radius", "scale", "within"):
+        if not math.isfinite(value := getattr(asked, name)):
+            raise ModelError(f"param {name} = {value}: not a number that can be used")
     return asked
 
 
-def _latents(codec: Codec, table: Mapping[str, Sequence[object]], sources: tuple[str, ...]) -> list[Tensor | str]:
+def _edit(asked: Params, codec: Codec) -> Edit | None:
+    """What 'alter' does to crystals before they are encoded. Raises ModelError for what makes no sense."""
+    if not (asked.replace or asked.scale or asked.within or asked.of):
+        return None
+    try:
+        centre = [float(x) for x in asked.of.split()] or None
+        return make_edit(asked.replace.split(), asked.scale or None, asked.within or None, centre, codec.model.elements)
+    except (ValueError, DataError) as error:
+        raise ModelError(f"params of alter: {error}") from None
+
+
+def _latents(
+    codec: Codec, table: Mapping[str, Sequence[object]], sources: tuple[str, ...], edit: Edit | None
+) -> list[Tensor | str]:
     """The latent of each row, or why it has none."""
     rows: list[Tensor | str] = []
     crystals: dict[int, Crystal] = {}
@@ -103,11 +129,14 @@ def _latents(codec: Codec, table: Mapping[str, Sequence[object]], sources: tuple
         rows.append(f"row {row}: no {' or '.join(sources)} is given")
         try:
             if source == "latent":
+                if edit:
+                    raise CrystalError(f"row {row}: a latent has no atoms to replace, give a cif")
                 rows[row] = _vector(text, row, codec.model.model.latent_size)
             elif source == "cif":
                 spec = codec.model.grid
-                crystals[row] = representable(parse_cif(text, f"row {row}", spec.max_atoms), spec)
-        except CrystalError as error:
+                crystal = parse_cif(text, f"row {row}", spec.max_atoms)
+                crystals[row] = representable(edit(crystal) if edit else crystal, spec)
+        except DataError as error:
             rows[row] = str(error)
     for row, latent in zip(crystals, _encoded(codec, list(crystals.values())), strict=True):
         rows[row] = latent
@@ -135,12 +164,13 @@ def _encoded(codec: Codec, crystals: Sequence[Crystal]) -> list[Tensor | str]:
         return [found for crystal in crystals for found in _encoded(codec, [crystal])]
 
 
-def _between(start: Tensor | str, stop: Tensor | str, steps: int) -> list[Tensor | str]:
+def _between(start: Tensor | str, stop: Tensor | str, asked: Params, codec: Codec) -> list[Tensor | str]:
     for end in (start, stop):
         if isinstance(end, str):
-            return [end] * steps
+            return [end] * asked.steps
     assert isinstance(start, Tensor) and isinstance(stop, Tensor)
-    return list(interpolate_latents(start.cpu(), stop.cpu(), steps))
+    around = codec.model.prior_mean.cpu().float() if asked.path == "spherical" else None
+    return list(interpolate_latents(start.cpu(), stop.cpu(), asked.steps, around))
 
 
 def _near(codec: Codec, row: Tensor | str, asked: Params) -> list[Tensor | str]:

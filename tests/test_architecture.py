@@ -22,6 +22,8 @@ LAYERS = (
     (
         "training",
         "generate",
+        "generated",
+        "screens",
         "serving",
         "model_card",
         "evaluate",
@@ -50,7 +52,7 @@ ENGINES = {
     "pymatgen": "crystal/interop.py",
     "smact": "crystal/validity.py",
     "matminer": "crystal/fingerprints.py",
-    "ase": "crystal/interop.py",
+    "ase": "crystal/interop.py crystal/relax.py",
     "gemmi": "crystal/cif.py",
 }
 
@@ -114,7 +116,7 @@ def test_what_a_ray_worker_imports_holds_no_torch() -> None:
 
 
 def test_generating_needs_neither_ray_nor_deepspeed_nor_mlflow() -> None:
-    loaded = loaded_after("import dist_train.generate, dist_train.commands.models, dist_train.commands.training")
+    loaded = loaded_after("import dist_train.generate, dist_train.commands.generation, dist_train.commands.training")
     assert not loaded & {"ray", "deepspeed", "mlflow"}
 
 

@@ -59,3 +59,12 @@ def test_the_python_example_of_grids_runs(monkeypatch: pytest.MonkeyPatch, capsy
     shape, *poscar = capsys.readouterr().out.splitlines()
     assert f"density_CDHW float32 [{shape.strip('()')}]" in example
     assert poscar[5].split() == ["O", "Sn", "O", "S", "Bi"]
+
+
+def test_the_python_example_of_latents_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = [code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "shift_latents" in code]
+    monkeypatch.chdir(ROOT)
+    exec(compile(example, "README.md", "exec"), {})
+    formulas = capsys.readouterr().out.splitlines()
+    assert len(formulas) == 11
+    assert formulas[4] == "Bi1 O2 S1 Sn1"

@@ -140,7 +140,10 @@ def test_a_table_without_the_column_is_refused(codec: Codec) -> None:
     ("params", "told"),
     [
         ({"task": "dream"}, "task 'dream' is unknown, known are reconstruct, encode, decode, sample, interpolate, alter"),
-        ({"temperature": 1}, "param 'temperature' is unknown, known are task, n, steps, seed, radius"),
+        (
+            {"temperature": 1},
+            "param 'temperature' is unknown, known are task, n, steps, seed, radius, replace, scale, within, of, path",
+        ),
         ({"task": "sample", "n": 0}, "param n = 0: input should be greater than or equal to 1"),
         ({"task": "sample", "n": MAX_ROWS + 1}, f"at most {MAX_ROWS} can be had"),
         ({"task": "interpolate", "steps": 1}, "param steps = 1: "),

@@ -1,11 +1,10 @@
-"""The verb generate, and what it shares with others that use models."""
+"""What the verbs that use models share: bundles, crystals to read, names of files to write."""
 
 from __future__ import annotations
 
 import re
 import tempfile
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,14 @@ from typing import Any
 from dist_train.config import GridSpec
 from dist_train.crystal.cif import write_cif
 from dist_train.crystal.decode import Decoded
-from dist_train.crystal.frames import representable
 from dist_train.crystal.structure import Crystal
-from dist_train.errors import ConfigError, CrystalError, DataError
+from dist_train.errors import ConfigError, CrystalError
 from dist_train.files import write_text
-from dist_train.generate import decode, encode, interpolate_latents, reconstruct, sample_latents
 from dist_train.models.export import read_bundle
 from dist_train.models.reconstruct import Codec
-from dist_train.shards.discover import discover
-from dist_train.shards.sources import read_chunk
+from dist_train.shards.discover import read_inputs
+
+MAX_NAME_BYTES = 200
 
 
 @contextmanager
@@ -47,47 +45,29 @@ def load_codec(model: str, tracking_uri: str | None) -> tuple[Codec, dict[str, A
 
 def read_crystals(inputs: Iterable[str], grid: GridSpec) -> list[Crystal]:
     """The crystals of folders, files, archives and tables. Raises CrystalError for the first that can't be read."""
-    found, crystals = discover(inputs), []
-    for _, file, reason in found.refused:
-        raise CrystalError(f"{file}: {reason}")
-    for file, item in (row for chunk in found.chunks for row in read_chunk(chunk, grid.max_atoms)):
+    crystals = []
+    for item in read_inputs(inputs, grid.max_atoms):
         if isinstance(item, CrystalError):
-            raise CrystalError(f"{file}: {item}")
+            raise item
         crystals.append(item)
     return crystals
 
 
+def file_names(ids: Iterable[str]) -> list[str]:
+    """A name for each id that any disk takes, no two alike: ids that give the same name are numbered."""
+    names: dict[str, None] = {}
+    for id in ids:
+        name = first = re.sub(r"[^\w.-]", "_", id).encode()[:MAX_NAME_BYTES].decode(errors="ignore")
+        count = 1
+        while name in names:
+            count += 1
+            name = f"{first}-{count}"
+        names[name] = None
+    return list(names)
+
+
 def write_cifs(folder: Path, decoded: Iterable[Decoded]) -> None:
-    """A CIF file for each crystal, named by its id; ids that give the same name are numbered, so that none is lost."""
-    names: Counter[str] = Counter()
-    for item in decoded:
-        if item.crystal is not None:
-            name = re.sub(r"[^\w.-]", "_", item.crystal.id)
-            names[name] += 1
-            count = names[name]
-            write_text(folder / (f"{name}-{count}.cif" if count > 1 else f"{name}.cif"), write_cif(item.crystal))
-
-
-def generate(
-    task: str, inputs: Sequence[str], model: str, tracking_uri: str | None, out: Path, n: int, steps: int, seed: int
-) -> str:
-    """Reconstruct, sample or interpolate; writes CIF files, returns a summary."""
-    if (task == "sample") == bool(inputs):
-        raise DataError(f"generate {task} takes {'no' if task == 'sample' else 'some'} crystals, {len(inputs)} were given")
-    codec, _ = load_codec(model, tracking_uri)
-    crystals = read_crystals(inputs, codec.model.grid) if inputs else []
-    ids = [crystal.id for crystal in crystals]
-    if task == "sample":
-        ids = [f"sample-{seed}-{i:05d}" for i in range(n)]
-        decoded = list(decode(codec, sample_latents(codec, n, seed), ids))
-    elif task == "interpolate":
-        if len(crystals) != 2:
-            raise DataError(f"generate interpolate takes two crystals, {len(crystals)} were given")
-        start, stop = encode(codec, [representable(crystal, codec.model.grid) for crystal in crystals])
-        ids = [f"step-{i:02d}" for i in range(steps)]
-        decoded = list(decode(codec, interpolate_latents(start, stop, steps), ids))
-    else:
-        decoded = reconstruct(codec, crystals)
-    write_cifs(out, decoded)
-    failed = [f"\n  {id}: {item.reason}" for id, item in zip(ids, decoded, strict=True) if item.crystal is None]
-    return f"{len(ids) - len(failed)} of {len(ids)} crystals written to {out}" + "".join(failed)
+    """A CIF file for each crystal, named by its id (see `file_names`)."""
+    crystals = [item.crystal for item in decoded if item.crystal is not None]
+    for name, crystal in zip(file_names(crystal.id for crystal in crystals), crystals, strict=True):
+        write_text(folder / f"{name}.cif", write_cif(crystal))

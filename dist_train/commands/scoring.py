@@ -15,8 +15,7 @@ from dist_train.errors import ConfigError, CrystalError, DataError
 from dist_train.files import write_text
 from dist_train.generation_metrics import BENCHMARKS, PUBLISHED_KEYS, generation_metrics, total_steps
 from dist_train.progress import Progress
-from dist_train.shards.discover import discover
-from dist_train.shards.sources import read_chunk
+from dist_train.shards.discover import read_inputs
 
 T = TypeVar("T")
 
@@ -57,7 +56,7 @@ def score(
     attempts: how many crystals were to be generated, where those that failed left no file.
     """
     _check_out(out)
-    samples = [None if isinstance(item, CrystalError) else item for item in _read(generated)]
+    samples = [None if isinstance(item, CrystalError) else item for item in read_inputs(generated, MAX_ATOMS)]
     if attempts is not None and attempts < len(samples):
         raise ConfigError(f"--attempts {attempts} is less than the {len(samples)} crystals found; give the number asked for")
     samples += [None] * ((attempts or 0) - len(samples))
@@ -125,19 +124,10 @@ def _check_out(out: Path) -> None:
         raise ConfigError(f"{path} is of another verb; set --out to another folder")
 
 
-def _read(inputs: Sequence[str]) -> Iterator[Crystal | CrystalError]:
-    """Every crystal of folders, files, archives and tables, or what is wrong with it."""
-    found = discover(inputs)
-    for _, file, reason in found.refused:
-        yield CrystalError(f"{file}: {reason}")
-    for place, item in (row for chunk in found.chunks for row in read_chunk(chunk, MAX_ATOMS)):
-        yield CrystalError(f"{place}: {item}") if isinstance(item, CrystalError) else item
-
-
 def _all(inputs: Sequence[str]) -> list[Crystal]:
     """Crystals that all have to be readable."""
     crystals = []
-    for item in _read(inputs):
+    for item in read_inputs(inputs, MAX_ATOMS):
         if isinstance(item, CrystalError):
             raise DataError(f"{item}; reference and training crystals have to be readable: mend or remove it")
         crystals.append(item)

@@ -1,9 +1,12 @@
-"""Crystal systems, by spglib (Togo et al., Sci. Technol. Adv. Mater. Meth. 4, 2384822, 2024)."""
+"""Space groups and crystal systems, by spglib (Togo et al., Sci. Technol. Adv. Mater. Meth. 4, 2384822, 2024)."""
 
 from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import spglib
 
@@ -15,16 +18,56 @@ SYSTEMS = (
 )  # fmt: skip
 """Number of the last space group of each system."""
 UNKNOWN = "unknown"
+TOLERANCE_A = 0.1
+"""How far atoms may be from symmetry. Networks place them to some 0.03 A."""
+EXACT_A = 1e-3
+"""The same for a crystal that was snapped to its symmetry."""
 
 
-def crystal_system(crystal: Crystal, tolerance_A: float = 0.1) -> str:
+class SpaceGroup(NamedTuple):
+    """Number in the International Tables, 1 to 230, and Hermann-Mauguin symbol: 221, 'Pm-3m'."""
+
+    number: int
+    symbol: str
+
+    @property
+    def system(self) -> str:
+        """The crystal system."""
+        return next(name for last, name in SYSTEMS if self.number <= last)
+
+
+def space_group(crystal: Crystal, tolerance_A: float = TOLERANCE_A) -> SpaceGroup | None:
+    """The space group of a crystal whose atoms are within `tolerance_A` of symmetry; None where spglib finds none."""
+    found = _asked(spglib.get_symmetry_dataset, crystal, symprec=tolerance_A)
+    return None if found is None else SpaceGroup(found.number, found.international)
+
+
+def crystal_system(crystal: Crystal, tolerance_A: float = TOLERANCE_A) -> str:
     """The crystal system of the space group, atoms within `tolerance_A` of symmetry; 'unknown' where spglib finds none."""
+    group = space_group(crystal, tolerance_A)
+    return UNKNOWN if group is None else group.system
+
+
+def snapped(crystal: Crystal, tolerance_A: float) -> Crystal | None:
+    """The crystal exactly in the symmetry that it has within `tolerance_A`: spglib's standardised primitive cell.
+
+    None where spglib makes none, or one of another space group or formula.
+    """
+    group = space_group(crystal, tolerance_A)
+    found = _asked(spglib.standardize_cell, crystal, to_primitive=True, no_idealize=False, symprec=tolerance_A)
+    if group is None or found is None:
+        return None
+    made = replace(crystal, lattice_A=found[0], frac_N3=found[1], numbers_N=found[2])
+    return made if made.formula == crystal.formula and space_group(made, EXACT_A) == group else None
+
+
+def _asked(function: Callable[..., Any], crystal: Crystal, **options: Any) -> Any:
+    """What a function of spglib finds in a crystal, None where it finds nothing."""
     os.environ.setdefault("SPGLIB_WARNING", "OFF")  # its C code would write to stderr, between the progress bars
     with warnings.catch_warnings():
         # spglib warns at every call that a later version will raise instead of returning None.
         warnings.simplefilter("ignore", DeprecationWarning)
         try:
-            found = spglib.get_symmetry_dataset((crystal.lattice_A, crystal.frac_N3, crystal.numbers_N), symprec=tolerance_A)
+            return function((crystal.lattice_A, crystal.frac_N3, crystal.numbers_N), **options)
         except spglib.error.SpglibError:
-            found = None
-    return UNKNOWN if found is None else next(name for last, name in SYSTEMS if found.number <= last)
+            return None

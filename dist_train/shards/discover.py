@@ -21,9 +21,10 @@ import fsspec.implementations.local
 
 from dist_train.crystal import formats, inputs, parquet
 from dist_train.crystal.inputs import UNREADABLE
+from dist_train.crystal.structure import Crystal
 from dist_train.errors import CrystalError, DataError
 from dist_train.shards.index import INDEX_NAME, Index
-from dist_train.shards.sources import TAR_ENDINGS, Chunk, archive_bytes, open_tar_bytes, open_zip, source_of
+from dist_train.shards.sources import TAR_ENDINGS, Chunk, archive_bytes, open_tar_bytes, open_zip, read_chunk, source_of
 from dist_train.shards.tar_members import list_members
 
 FILES_PER_CHUNK, ROWS_PER_CHUNK = 64, 1024
@@ -35,6 +36,8 @@ MAX_EXPANSION = 200
 _BROKEN = (*UNREADABLE, ValueError, ArithmeticError, LookupError, struct.error)
 """What damaged archives raise while they are listed."""
 MAX_NAME_BYTES = 4096
+GENERATED = "crystals.extxyz", "cifs"
+"""In a folder of generated crystals, which holds each of them several times: as an archive, with symmetry, ..."""
 _NOT_REGULAR = "a link, device or sparse file, only regular members are read"
 
 
@@ -76,6 +79,15 @@ def discover(given: Iterable[str]) -> Found:
     if not found.chunks and not found.refused:
         raise DataError("data.inputs is empty: name at least one folder of CIF files or Parquet table")
     return found
+
+
+def read_inputs(given: Iterable[str], max_atoms: int) -> Iterator[Crystal | CrystalError]:
+    """Every crystal that the inputs hold, or what is wrong with it, its file named. Raises DataError as `discover` does."""
+    found = discover(given)
+    for _, file, reason in found.refused:
+        yield CrystalError(f"{file}: {reason}")
+    for file, item in (row for chunk in found.chunks for row in read_chunk(chunk, max_atoms)):
+        yield CrystalError(f"{file}: {item}") if isinstance(item, CrystalError) else item
 
 
 def _file_system(name: str) -> tuple[Any, str]:
@@ -146,11 +158,14 @@ def _kind(name: str) -> str | None:
 
 
 def _add_folder(found: Found, given: str, fs: Any, root: str) -> None:
-    """Add all files below a folder, in the order of their names, or the shards in it."""
-    if fs.exists(f"{root.rstrip('/')}/{INDEX_NAME}"):
+    """Add all files below a folder, in the order of their names, or the shards or generated crystals in it."""
+    root = root.rstrip("/") or "/"
+    if fs.exists(f"{root}/{INDEX_NAME}"):
         _add_shards(found, given, fs, root)
-    else:
-        _add_files(found, given, fs, root, _files_below(found, given, fs, root))
+        return
+    if fs.exists(f"{root}/{GENERATED[0]}") and fs.isdir(f"{root}/{GENERATED[1]}"):
+        root = f"{root}/{GENERATED[1]}"
+    _add_files(found, given, fs, root, _files_below(found, given, fs, root))
 
 
 def _files_below(found: Found, given: str, fs: Any, root: str) -> dict[str, int]:

@@ -22,11 +22,11 @@ from dist_train.backends import mlflow_tracker
 from dist_train.backends.mlflow_registry import pull
 from dist_train.backends.mlflow_tracker import MlflowUploader
 from dist_train.cli import main
-from dist_train.commands import models, registry
+from dist_train.commands import registry
 from dist_train.commands import training as commands
 from dist_train.config import RunConfig
 from dist_train.crystal.cif import parse_cif, write_cif
-from dist_train.errors import ConfigError, DataError, ModelError
+from dist_train.errors import ConfigError, ModelError
 from dist_train.models.export import read_bundle
 from dist_train.node import free_port
 from dist_train.shards.index import Index
@@ -228,20 +228,6 @@ def test_evaluating_on_training_data_is_said_loudly(
     assert main(["evaluate", "--model", bundle, *where]) == 0
     assert told in capsys.readouterr().out
     assert told in (tmp_path / "report.html").read_text()
-
-
-def test_crystals_of_the_same_name_are_all_written(tracked: RunConfig, tmp_path: Path) -> None:
-    crystal = ShardReader(Index.read(tracked.data.shards), "test").crystal(0)
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "x.cif").write_text(write_cif(crystal))
-    inputs = [str(tmp_path / folder / "x.cif") for folder in ("a", "b")]
-    told = models.generate("reconstruct", inputs, str(tracked.run_dir / "bundle"), None, tmp_path / "out", 0, 0, 0)
-    written = len(list((tmp_path / "out").glob("*.cif"))) if (tmp_path / "out").exists() else 0
-    assert told.startswith(f"{written} of 2")
-    assert written in (0, 2)
-    with pytest.raises(DataError, match="takes some crystals"):
-        models.generate("reconstruct", [], str(tracked.run_dir / "bundle"), None, tmp_path / "out", 0, 0, 0)
 
 
 @pytest.mark.parametrize("uri", ["nonsense", "http://127.0.0.1:9", "foo://bar"])

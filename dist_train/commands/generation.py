@@ -1,0 +1,317 @@
+"""The verb generate: crystals from a trained model, as CIF files, one extxyz file, a table, and densities where asked."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dist_train import __version__
+from dist_train.commands.models import bundle_folder, file_names, read_crystals
+from dist_train.crystal.alter import make_edit
+from dist_train.crystal.case import check_elements
+from dist_train.crystal.decode import Decoded
+from dist_train.crystal.density_files import channel_names, in_box, to_chgcar, to_cube
+from dist_train.crystal.frames import representable
+from dist_train.crystal.relax import make_calculator
+from dist_train.crystal.structure import Crystal
+from dist_train.errors import ConfigError, CrystalError, DataError, ModelError
+from dist_train.files import STAGE_NAME, sha256, staged, write_text
+from dist_train.generate import BATCH, altered_latents, decode, encode, interpolate_latents, sample_latents
+from dist_train.generated import Finish, Result, counts, finished, processes, result_of, write_files
+from dist_train.models.export import SUMS_NAME, read_bundle, training_digests
+from dist_train.models.reconstruct import Codec
+from dist_train.progress import Stages
+from dist_train.screens import Screens, parse_screens
+from dist_train.shards.discover import read_inputs
+
+Task = Literal["reconstruct", "sample", "interpolate", "alter"]
+PACKAGES = ("numpy", "torch", "scipy", "spglib", "pymatgen", "ase")
+OUTPUTS = (
+    "cifs", "cifs_symmetrized", "density", "crystals.csv", "crystals.extxyz", "crystals.zip", "metrics.json", "report.html",
+)  # fmt: skip
+"""What a generation may write, and removes of one before it."""
+UNSAID = ("model", "tracking_uri", "out", "task", "seed", "workers")
+"""Options that change no crystal, or stand elsewhere in metrics.json."""
+
+LISTED, LEAST_SHOWN = 20, 32
+"""Failed crystals that are told one by one; crystals below which there is no progress bar, unless they are relaxed."""
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """What the command line asks for.
+
+    inputs: files, folders, archives, tables, of all tasks but 'sample'. n: crystals to sample, or around each known one.
+    steps, path: crystals from one input to the next, both included, on a 'linear' or 'spherical' path. replace: pairs such
+    as 'Ti=Zr'; scale: of the density; both `within` angstrom of the fractional coordinates `of`, or everywhere. perturb:
+    distance in latent space, in standard deviations of the training crystals. screens: see `screens.SCREENS`.
+    symmetrize, relax, relax_steps: see `generated.Finish`. density: 'cube' or 'chgcar'.
+    """
+
+    task: Task
+    model: str
+    tracking_uri: str | None
+    out: Path
+    inputs: Sequence[str] = ()
+    n: int = 1
+    steps: int = 9
+    path: Literal["linear", "spherical"] = "linear"
+    seed: int = 0
+    replace: Sequence[str] = ()
+    scale: float | None = None
+    within: float | None = None
+    of: Sequence[float] | None = None
+    perturb: float | None = None
+    screens: Sequence[str] = ()
+    symmetrize: float | None = None
+    relax: str | None = None
+    relax_steps: int = 200
+    density: Literal["cube", "chgcar"] | None = None
+    workers: int = 1
+
+
+@dataclass(frozen=True)
+class Generation:
+    """All that was asked for, in order; rows: those of crystals.csv, of `generated.COLUMNS`; metrics: of metrics.json."""
+
+    options: GenerateOptions
+    results: list[Result]
+    rows: list[tuple[object, ...]]
+    metrics: dict[str, Any]
+
+    @property
+    def title(self) -> str:
+        """What was done with which model, in a line."""
+        return " ".join([self.options.task, *self.options.inputs[:3], *["..."][: len(self.options.inputs) > 3]]) + (
+            f" by {self.options.model}"
+        )
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A crystal to make of a latent, or the reason that there is none; see `Result` for the known crystals."""
+
+    id: str
+    latent_L: Tensor | str
+    original: Crystal | None = None
+    given: Crystal | None = None
+
+
+def generate(options: GenerateOptions) -> Generation:
+    """Make crystals and write all of `OUTPUTS` that were asked for to `options.out`, whole or not at all.
+
+    Raises the error of the first fault found, before anything is written. What can't be reconstructed or decoded, and what
+    screens take out, is counted and told; only where nothing that was given can be used it is an error.
+    """
+    _check(options)
+    stages = Stages(0 if options.relax else LEAST_SHOWN)
+    with bundle_folder(options.model, options.tracking_uri) as folder:
+        network, config = read_bundle(folder)
+        known, bundle_digest = training_digests(folder), sha256(folder / SUMS_NAME)
+    names, distance = parse_screens(options.screens)
+    if "novel" in names and known is None:
+        raise ModelError(f"--screen novel: {options.model} doesn't list its training crystals; leave that screen out")
+    digests = frozenset(known.tolist() if known is not None and "novel" in names else ())
+    screens = Screens(names, distance, digests)
+    calculator = make_calculator(options.relax) if options.relax else None
+    finish = Finish(screens, options.symmetrize, calculator, options.relax_steps, options.workers)
+    codec = Codec(network)
+    asked = list(_TASKS[options.task](options, codec, stages))
+    results = finished(_decoded(codec, asked, options.workers, stages), finish, stages)
+    metrics = {
+        "task": options.task,
+        "seed": options.seed,
+        "model": {
+            "name": options.model,
+            "bundle_sha256": bundle_digest,
+            "code_version": config["code_version"],
+            "step": config["about"].get("step"),
+        },
+        "settings": {name: value for name, value in asdict(options).items() if name not in UNSAID},
+        "versions": {"dist_train": __version__, "python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+        **counts(results, finish),
+    }
+    with staged(options.out, OUTPUTS) as stage:
+        file_stems = file_names(result.id for result in results)
+        with stages.stage("write", len(results)) as bar:
+            rows = write_files(stage, results, file_stems)
+            bar.update(len(results))
+        if options.density:
+            (stage / "density").mkdir()
+            kept = [place for place, result in enumerate(results) if result.status == "written"]
+            with stages.stage("density", len(kept)) as bar:
+                for place, files in bar.over(_densities(codec, asked, results, kept, options.density)):
+                    for form, text in files.items():
+                        (stage / "density" / form.format(file_stems[place])).write_text(text)
+        metrics["seconds"] = {name: round(seconds, 2) for name, seconds in stages.seconds.items()}
+        write_text(stage / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    return Generation(options, results, rows, metrics)
+
+
+def _check(options: GenerateOptions) -> None:
+    """Raise ConfigError or DataError for options that make no sense together, or an output folder of something else."""
+    if (options.task == "sample") == bool(options.inputs):
+        many = "no" if options.task == "sample" else "some"
+        raise DataError(f"generate {options.task} takes {many} crystals, {len(options.inputs)} were given")
+    if options.task == "alter":
+        if not options.replace and options.scale is None and options.within is None and options.perturb is None:
+            raise ConfigError("generate alter has nothing to do: give --replace, --scale or --perturb")
+        if options.n > 1 and options.perturb is None:
+            raise ConfigError(f"-n {options.n} crystals would be one and the same: give --perturb, too, or leave -n out")
+    if options.out.is_dir() and {path.name for path in options.out.iterdir()} - {STAGE_NAME}:
+        try:
+            ours = "n_screened_out" in json.loads((options.out / "metrics.json").read_text())
+        except (OSError, ValueError):
+            ours = False
+        if not ours:
+            raise ConfigError(f"{options.out} is not empty and holds no generated crystals; set --out to another folder")
+
+
+# Tasks: the latents to decode
+
+
+def _sample(options: GenerateOptions, codec: Codec, stages: Stages) -> Iterator[_Asked]:
+    with stages.stage("sample", options.n) as bar:
+        latent_NL = sample_latents(codec, options.n, options.seed)
+        bar.update(options.n)
+    for place, latent in enumerate(latent_NL):
+        yield _Asked(f"sample-{options.seed}-{place:05d}", latent)
+
+
+def _reconstruct(options: GenerateOptions, codec: Codec, stages: Stages) -> Iterator[_Asked]:
+    """All inputs; one that can't be read, or that the model can't take, is told with its row."""
+    items: list[tuple[str, Crystal | None, Crystal | str]] = []
+    for item in read_inputs(options.inputs, codec.model.grid.max_atoms):
+        if isinstance(item, CrystalError):
+            file, _, reason = str(item).partition(": ")
+            items.append((file, None, reason))
+            continue
+        try:
+            items.append((item.id, item, _held(item, codec)))
+        except CrystalError as error:
+            items.append((item.id, item, str(error).removeprefix(f"{item.id}: ")))
+    held = [crystal for *_, crystal in items if isinstance(crystal, Crystal)]
+    if not held:
+        told = f"; the first of {len(items)}" if len(items) > 1 else ""
+        raise DataError(f"no crystal given can be reconstructed{told}: {items[0][0]}: {items[0][2]}")
+    latents = iter(_encoded(codec, held, stages))
+    for id, crystal, found in items:
+        yield _Asked(id, found if isinstance(found, str) else next(latents), crystal, crystal)
+
+
+def _interpolate(options: GenerateOptions, codec: Codec, stages: Stages) -> Iterator[_Asked]:
+    crystals = read_crystals(options.inputs, codec.model.grid)
+    if len(crystals) < 2:
+        raise DataError(f"generate interpolate takes two crystals or more, {len(crystals)} is given")
+    ends = _encoded(codec, [_held(crystal, codec) for crystal in crystals], stages)
+    around = codec.model.prior_mean.cpu().float() if options.path == "spherical" else None
+    legs = [interpolate_latents(start, stop, options.steps, around) for start, stop in zip(ends, ends[1:])]
+    latent_NL = torch.cat([legs[0][:1], *(leg[1:] for leg in legs)])
+    for place, latent in enumerate(latent_NL):
+        yield _Asked(f"step-{place:02d}", latent)
+
+
+def _alter(options: GenerateOptions, codec: Codec, stages: Stages) -> Iterator[_Asked]:
+    edit = make_edit(options.replace, options.scale, options.within, options.of, codec.model.elements)
+    crystals = read_crystals(options.inputs, codec.model.grid)
+    edited = [edit(crystal) for crystal in crystals]
+    latents = _encoded(codec, [_held(crystal, codec) for crystal in edited], stages)
+    for original, given, latent in zip(crystals, edited, latents, strict=True):
+        if options.perturb is None:
+            yield _Asked(f"{original.id}-altered", latent, original, given)
+            continue
+        for place, near in enumerate(altered_latents(codec, latent, options.n, options.perturb, options.seed)):
+            yield _Asked(f"{original.id}-{options.seed}-{place:05d}", near, original, given)
+
+
+_TASKS = {"sample": _sample, "reconstruct": _reconstruct, "interpolate": _interpolate, "alter": _alter}
+
+
+def _held(crystal: Crystal, codec: Codec) -> Crystal:
+    """The crystal as the model takes it. Raises CrystalError where its grid can't hold it, or it doesn't know an element."""
+    held = representable(crystal, codec.model.grid)
+    check_elements(held, codec.model.elements)
+    return held
+
+
+def _encoded(codec: Codec, crystals: Sequence[Crystal], stages: Stages) -> Tensor:
+    with stages.stage("encode", len(crystals)) as bar:
+        return encode(codec, crystals, bar.update).cpu()
+
+
+def _decoded(codec: Codec, asked: Sequence[_Asked], workers: int, stages: Stages) -> list[Result]:
+    there = [item.latent_L for item in asked if isinstance(item.latent_L, Tensor)]
+    ids = [item.id for item in asked if isinstance(item.latent_L, Tensor)]
+    # A latent may be far from all crystals: no cell, and a reason.
+    with stages.stage("decode", len(ids)) as bar, np.errstate(over="ignore", invalid="ignore"):
+        found = iter(list(bar.over(decode(codec, torch.stack(there), ids, processes(workers, len(ids))))) if there else [])
+    results = []
+    for item in asked:
+        latent = item.latent_L
+        decoded = Decoded(None, np.zeros(0), latent) if isinstance(latent, str) else next(found)
+        results.append(result_of(item.id, decoded, item.original, item.given))
+    return results
+
+
+def _densities(
+    codec: Codec, asked: Sequence[_Asked], results: Sequence[Result], kept: Sequence[int], form: str
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """(place, text of each channel by a pattern of its file's name) of crystals: their grids and atoms as decoded."""
+    spec = codec.model.grid
+    names = channel_names(spec)
+    for start in range(0, len(kept), BATCH):
+        places = kept[start : start + BATCH]
+        latents = torch.stack([latent for place in places if isinstance(latent := asked[place].latent_L, Tensor)])
+        shapes = [shape for shape in codec.shapes(latents) if not isinstance(shape, str)]
+        for place, fields in zip(places, codec.fields(latents, shapes), strict=True):
+            crystal = results[place].decoded.crystal
+            assert crystal is not None
+            boxed, files = in_box(crystal, spec), {}
+            for name, density in zip(names, fields.density_CDHW, strict=True):
+                if form == "cube":
+                    files[f"{{}}.{name}.cube"] = to_cube(boxed, density, f"{name} of {crystal.id} as decoded")
+                else:
+                    files[f"CHGCAR_{{}}_{name}"] = to_chgcar(boxed, density)
+            yield place, files
+
+
+def summary(generation: Generation) -> str:
+    """What became of all crystals, for the terminal."""
+    metrics, out = generation.metrics, generation.options.out
+    lines = [f"{metrics['n_written']} of {metrics['n_asked']} crystals written to {out}"]
+    if generation.options.screens:
+        told = ", ".join(f"{name} {count}" for name, count in metrics["screened_out"].items())
+        lines.append(f"{metrics['n_screened_out']} screened out: {told}")
+    if metrics["n_failed"]:
+        lines.append(f"{metrics['n_failed']} failed:")
+        failed = [result for result in generation.results if result.status == "failed"]
+        lines += [f"  {result.title}" for result in failed[:LISTED]]
+        lines += [f"  and {len(failed) - LISTED} more, see crystals.csv"] * (len(failed) > LISTED)
+    if metrics["n_formula_as_given"] is not None:
+        kind = "altered " if generation.options.replace or generation.options.scale else ""
+        lines.append(f"{metrics['n_formula_as_given']} have the formula of the {kind}crystal given")
+    if generation.options.task == "sample":
+        lines.append(f"{metrics['n_distinct_formulas']} different formulas")
+    groups = list(metrics["space_groups"].items())
+    if groups:
+        more = f" and {len(groups) - 5} others" if len(groups) > 5 else ""
+        told = ", ".join(f"{name} ({count})" for name, count in groups[:5])
+        lines.append(f"space groups within {metrics['symmetry_tolerance_A']:g} A: {told}{more}")
+    if snaps := metrics["snapped"]:
+        lines.append(f"{snaps['n_snapped']} snapped to their symmetry, {snaps['n_left']} left as they were")
+    if runs := metrics["relaxation"]:
+        steps = generation.options.relax_steps
+        lines.append(
+            f"{runs['n_relaxed']} relaxed, {runs['n_stopped']} stopped after {steps} steps, {runs['n_failed']} failed"
+        )
+        lines += [f"  {count}: {reason}" for reason, count in runs["failed"].items()]
+    return "\n  ".join(lines)

@@ -1,0 +1,113 @@
+"""Which of generated crystals to keep: each screen takes out crystals for a reason that can be counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dist_train.crystal.digest import digests_near
+from dist_train.crystal.interop import MIN_DISTANCE_A, primitive_niggli, same_structure
+from dist_train.crystal.lattice import compact_lattice, shortest_distances
+from dist_train.crystal.metrics import structure_valid
+from dist_train.crystal.structure import Crystal
+from dist_train.crystal.validity import chemistry, composition_valid
+from dist_train.errors import ConfigError, CrystalError
+
+SCREENS = {
+    "valid": f"no two atoms closer than {MIN_DISTANCE_A} A, a cell with a volume",
+    "distance": "distance=1.0: no two atoms closer than that many angstrom, a cell's own images included",
+    "composition": "charges that balance by SMACT's rules; wants pip install 'dist-train[eval]'",
+    "novel": "none of the crystals that the model was trained on, by the digests that its bundle lists",
+    "unique": "unlike all that are kept before it, by StructureMatcher with its default tolerances",
+}
+"""In the order in which they are asked: a crystal is taken out by the first that it fails, and is no one's double then."""
+
+Verdict = tuple[str, str]
+"""The screen that takes a crystal out, and why; two empty texts for one that is kept."""
+KEPT: Verdict = "", ""
+
+
+@dataclass(frozen=True)
+class Screens:
+    """Screens by name; distance_A: of 'distance'; known: digests of the training crystals, of 'novel'."""
+
+    names: tuple[str, ...]
+    distance_A: float = 0.0
+    known: frozenset[int] = field(default=frozenset(), repr=False)
+
+    def verdicts(self, crystals: Iterable[Crystal]) -> Iterator[Verdict]:
+        """For each crystal in turn; all of them have to be possible (see `metrics.possible`)."""
+        checks: dict[str, Callable[[Crystal], str]] = {
+            "valid": _invalid, "distance": self._too_near, "composition": _unbalanced, "novel": self._known,
+            "unique": _Doubles(),
+        }  # fmt: skip
+        asked = [(name, checks[name]) for name in SCREENS if name in self.names]
+        for crystal in crystals:
+            yield next(((name, reason) for name, check in asked if (reason := check(crystal))), KEPT)
+
+    def _too_near(self, crystal: Crystal) -> str:
+        nearest = nearest_A(crystal)
+        return f"two atoms {nearest:.3f} A apart, {self.distance_A:g} A are asked for" if nearest < self.distance_A else ""
+
+    def _known(self, crystal: Crystal) -> str:
+        return "" if self.known.isdisjoint(digests_near(crystal)) else "the model was trained on it"
+
+
+def parse_screens(texts: Sequence[str]) -> tuple[tuple[str, ...], float]:
+    """Names, and angstrom of 'distance=...'. Raises ConfigError in one line, also where a package isn't installed."""
+    names, distance = [], 0.0
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if name not in SCREENS or bool(equals) != (name == "distance"):
+            known = ", ".join(f"{known}=1.0" if known == "distance" else known for known in SCREENS)
+            raise ConfigError(f"--screen {text!r} is none of {known}")
+        if equals:
+            try:
+                distance = float(value)
+            except ValueError:
+                distance = np.nan
+            if not 0 < distance < np.inf:
+                raise ConfigError(f"--screen {text}: {value!r} is no distance: give angstrom, such as distance=1.0")
+        names.append(name)
+    if "composition" in names:
+        chemistry()  # tells what to install
+    return tuple(dict.fromkeys(names)), distance
+
+
+def nearest_A(crystal: Crystal) -> float:
+    """Shortest distance in angstrom between two atoms of a possible crystal, of a cell or of two neighbouring ones."""
+    lattice = compact_lattice(crystal.lattice_A)
+    cutoff = 1.001 * float(np.linalg.norm(lattice, axis=1).min())  # an atom's own image is as near as that
+    return min(shortest_distances(lattice, crystal.cart_N3, crystal.numbers_N, cutoff))
+
+
+def _invalid(crystal: Crystal) -> str:
+    return "" if structure_valid(crystal) else f"two atoms {nearest_A(crystal):.3f} A apart, less than {MIN_DISTANCE_A} A"
+
+
+def _unbalanced(crystal: Crystal) -> str:
+    return "" if composition_valid(crystal.composition) else f"{crystal.formula}: no charges that balance"
+
+
+class _Doubles:
+    """Tells whether a crystal matches one that was asked about before and matched none.
+
+    Only crystals of one reduced formula and one size of primitive cell can match.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, int], list[Crystal]] = {}
+
+    def __call__(self, crystal: Crystal) -> str:
+        with suppress(CrystalError):  # pymatgen finds no primitive cell: the given one is compared
+            crystal = primitive_niggli(crystal)
+        kept = self._kept.setdefault((crystal.formula, len(crystal)), [])
+        for other in kept:
+            with suppress(CrystalError):
+                if same_structure(crystal, other):
+                    return f"like {other.id}"
+        kept.append(crystal)
+        return ""
