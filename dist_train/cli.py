@@ -426,6 +426,9 @@ def _add_generate(verbs: Verbs) -> None:
     parser.add_argument("-n", type=_count, default=16, help="crystals to sample")
     parser.add_argument("--steps", type=_count, default=9, help="crystals on the way, both ends included")
     parser.add_argument("--seed", type=_count, default=0, help="seed of the samples: same seed, same crystals")
+    parser.add_argument(
+        "--workers", type=_positive, default=os.cpu_count() or 1, help="cores to use; the crystals don't depend on it"
+    )
     parser.set_defaults(run=_generate)
 
 
@@ -434,7 +437,7 @@ def _generate(options: argparse.Namespace) -> str:
 
     return generate(
         options.task, options.inputs, options.model, options.tracking_uri, options.out, options.n, options.steps,
-        options.seed,
+        options.seed, options.workers,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from dist_train.config import GridSpec
 from dist_train.crystal.cif import write_cif
 from dist_train.crystal.decode import Decoded
 from dist_train.crystal.frames import representable
+from dist_train.crystal.parallel import in_order
 from dist_train.crystal.structure import Crystal
 from dist_train.errors import ConfigError, CrystalError, DataError
 from dist_train.files import write_text
@@ -22,6 +24,9 @@ from dist_train.models.export import read_bundle
 from dist_train.models.reconstruct import Codec
 from dist_train.shards.discover import discover
 from dist_train.shards.sources import read_chunk
+
+WRITERS = 8
+"""Threads that write files."""
 
 
 @contextmanager
@@ -60,18 +65,24 @@ def read_crystals(inputs: Iterable[str], grid: GridSpec) -> list[Crystal]:
 def write_cifs(folder: Path, decoded: Iterable[Decoded]) -> None:
     """A CIF file for each crystal, named by its id; ids that give the same name are numbered, so that none is lost."""
     names: Counter[str] = Counter()
-    for item in decoded:
-        if item.crystal is not None:
-            name = re.sub(r"[^\w.-]", "_", item.crystal.id)
-            names[name] += 1
-            count = names[name]
-            write_text(folder / (f"{name}-{count}.cif" if count > 1 else f"{name}.cif"), write_cif(item.crystal))
+
+    def named(crystal: Crystal) -> Path:
+        name = re.sub(r"[^\w.-]", "_", crystal.id)
+        names[name] += 1
+        count = names[name]
+        return folder / (f"{name}-{count}.cif" if count > 1 else f"{name}.cif")
+
+    files = ((named(item.crystal), item.crystal) for item in decoded if item.crystal is not None)
+    # Most of the time goes in waiting for the disk.
+    for _ in in_order(ThreadPoolExecutor(WRITERS), lambda file: write_text(file[0], write_cif(file[1])), files, 8 * WRITERS):
+        pass
 
 
 def generate(
-    task: str, inputs: Sequence[str], model: str, tracking_uri: str | None, out: Path, n: int, steps: int, seed: int
-) -> str:
-    """Reconstruct, sample or interpolate; writes CIF files, returns a summary."""
+    task: str, inputs: Sequence[str], model: str, tracking_uri: str | None, out: Path, n: int, steps: int, seed: int,
+    workers: int = 1,
+) -> str:  # fmt: skip
+    """Reconstruct, sample or interpolate, over `workers` threads and processes; writes CIF files, returns a summary."""
     if (task == "sample") == bool(inputs):
         raise DataError(f"generate {task} takes {'no' if task == 'sample' else 'some'} crystals, {len(inputs)} were given")
     codec, _ = load_codec(model, tracking_uri)
@@ -79,15 +90,22 @@ def generate(
     ids = [crystal.id for crystal in crystals]
     if task == "sample":
         ids = [f"sample-{seed}-{i:05d}" for i in range(n)]
-        decoded = list(decode(codec, sample_latents(codec, n, seed), ids))
+        decoded: Iterable[Decoded] = decode(codec, sample_latents(codec, n, seed, workers), ids, workers)
     elif task == "interpolate":
         if len(crystals) != 2:
             raise DataError(f"generate interpolate takes two crystals, {len(crystals)} were given")
         start, stop = encode(codec, [representable(crystal, codec.model.grid) for crystal in crystals])
         ids = [f"step-{i:02d}" for i in range(steps)]
-        decoded = list(decode(codec, interpolate_latents(start, stop, steps), ids))
+        decoded = decode(codec, interpolate_latents(start, stop, steps), ids, workers)
     else:
-        decoded = reconstruct(codec, crystals)
-    write_cifs(out, decoded)
-    failed = [f"\n  {id}: {item.reason}" for id, item in zip(ids, decoded, strict=True) if item.crystal is None]
+        decoded = reconstruct(codec, crystals, workers)
+    failed: list[str] = []
+
+    def told() -> Iterator[Decoded]:
+        for id, item in zip(ids, decoded, strict=True):
+            if item.crystal is None:
+                failed.append(f"\n  {id}: {item.reason}")
+            yield item
+
+    write_cifs(out, told())
     return f"{len(ids) - len(failed)} of {len(ids)} crystals written to {out}" + "".join(failed)

@@ -107,7 +107,8 @@ class CrystalAutoencoder(nn.Module):
     @property
     def latent_scale(self) -> float:
         """Root mean square of the training crystals' latents around their mean."""
-        return float((self.prior_cholesky.square().sum() / len(self.prior_cholesky)).sqrt())
+        squares = self.prior_cholesky.double().square()  # whose sum is the same on any number of threads, once rounded
+        return float((squares.sum() / len(squares)).sqrt())
 
     def encode(self, density_BCDHW: Tensor, cell_B6: Tensor) -> Latent:
         """Posterior of standardised inputs; the grids may have any shape that `RunConfig.check_halvings` takes."""
@@ -124,7 +125,7 @@ class CrystalAutoencoder(nn.Module):
 
     def segment(self, decoding: Decoding) -> Tensor:
         """[B, 1 + E, D, H, W] logits of 'no atom' and of each element, gated by the decoded composition."""
-        features = self.unet(decoding.density_BCDHW).movedim(1, -1)
+        features = self.unet(decoding.density_BCDHW).movedim(1, -1).contiguous()  # strided, it is multiplied slowly
         logits = self.unet.classify(features)
         if self.model.gate:
             logits = logits + composition_gate(decoding.composition_BE)[:, None, None, None]
