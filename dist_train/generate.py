@@ -78,11 +78,15 @@ def sample_latents(codec: Codec, n: int, seed: int, workers: int = 1) -> Tensor:
     """
     model, generator = codec.model, torch.Generator().manual_seed(seed % 2**63)
     noise = torch.randn(n, model.model.latent_size, generator=generator)
-    mean = model.prior_mean.cpu().float()
-    if model.flow is None:
-        return mean + noise @ model.prior_cholesky.cpu().float().T
-    carried = _by_networks(codec, model.flow.carry, torch.split(filled(noise).to(codec.device), FLOWED), workers)
-    return mean + model.latent_scale * torch.cat([*carried, noise[:0].to(codec.device)])[:n].cpu()
+
+    def carried(noise_BL: Tensor) -> Tensor:
+        if model.flow is None:
+            return noise_BL @ model.prior_cholesky.float().T
+        return model.latent_scale * model.flow.carry(noise_BL)
+
+    batches = torch.split(filled(noise).to(codec.device), FLOWED)
+    drawn = torch.cat(list(_by_networks(codec, carried, batches, workers)))[:n]
+    return (model.prior_mean.float() + drawn).cpu()
 
 
 def interpolate_latents(start_L: Tensor, stop_L: Tensor, steps: int) -> Tensor:
