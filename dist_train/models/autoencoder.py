@@ -107,8 +107,7 @@ class CrystalAutoencoder(nn.Module):
     @property
     def latent_scale(self) -> float:
         """Root mean square of the training crystals' latents around their mean."""
-        squares = self.prior_cholesky.double().square()  # whose sum is the same on any number of threads, once rounded
-        return float((squares.sum() / len(squares)).sqrt())
+        return float((self.prior_cholesky.square().sum() / len(self.prior_cholesky)).sqrt())
 
     def encode(self, density_BCDHW: Tensor, cell_B6: Tensor) -> Latent:
         """Posterior of standardised inputs; the grids may have any shape that `RunConfig.check_halvings` takes."""
