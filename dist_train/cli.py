@@ -7,7 +7,7 @@ import errno
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -558,10 +558,14 @@ def _score(options: argparse.Namespace) -> str:
 def _add_bench(verbs: Verbs) -> None:
     parser = _verb(verbs, "bench", "measure the speed of the project's core on this machine, beside the targets")
     parser.add_argument(
-        "names", nargs="+", choices=("voxelize", "decode", "shard", "loader", "step", "kills"), help="what to measure"
-    )
+        "names", nargs="+", choices=("voxelize", "decode", "shard", "loader", "step", "kills", "generate"),
+        help="what to measure",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object with `rows` instead of a table")
     parser.add_argument("--sample", type=Path, default=Path("data/sample"), help="folder of the shipped crystals")
+    parser.add_argument("--model", type=Path, default=Path("data/models/perov_5"), help="of generate: bundle folder")
+    parser.add_argument("-n", type=_positive, default=512, help="of generate: crystals")
+    parser.add_argument("--workers", type=_positive, default=2, help="of generate: cores to use")
     parser.set_defaults(run=_bench)
 
 
@@ -569,12 +573,16 @@ def _bench(options: argparse.Namespace) -> str:
     import json
     from dataclasses import asdict
 
-    from dist_train.bench import core_rows
+    from dist_train.bench import Row, core_rows
+    from dist_train.bench_generate import generate_rows
     from dist_train.bench_shard import shard_rows
     from dist_train.bench_train import kill_rows, loader_rows, step_rows
     from dist_train.tables import bench_line
 
-    others = {"shard": shard_rows, "loader": loader_rows, "step": step_rows, "kills": kill_rows}
+    others: dict[str, Callable[[Path], Iterator[Row]]] = {
+        "shard": shard_rows, "loader": loader_rows, "step": step_rows, "kills": kill_rows,
+        "generate": lambda sample: generate_rows(sample, options.model, options.n, options.workers),
+    }  # fmt: skip
     rows = []
     for name in options.names:
         for row in others[name](options.sample) if name in others else core_rows(name, options.sample):

@@ -81,7 +81,7 @@ def evaluate(codec: Codec, cases: Sequence[Case], training: Sequence[Crystal], w
     """
     held, spec = [case.crystal for case in cases if not case.refusal], codec.model.grid
     with stages.stage("encode", len(held)) as bar:
-        latents = encode(codec, held, bar.update)
+        latents = encode(codec, held, bar.update, workers)
     with stages.stage("decode", len(held)) as bar:
         of_held = iter(list(bar.over(decode(codec, latents, [crystal.id for crystal in held], workers))))
     reconstructed = tuple(Decoded(None, np.zeros(0), case.refusal) if case.refusal else next(of_held) for case in cases)

@@ -2,61 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain
 from math import pi
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dist_train.crystal.decode import Decoded
+from dist_train.crystal.decode import Decoded, Fields
 from dist_train.crystal.decode_box import decode_frame
 from dist_train.crystal.frames import representable
-from dist_train.crystal.parallel import parallel_map
+from dist_train.crystal.parallel import in_order, parallel_map
 from dist_train.crystal.structure import Crystal
 from dist_train.errors import CrystalError
-from dist_train.models.reconstruct import Codec
+from dist_train.models.reconstruct import Codec, filled
 
-BATCH, FLOW_BATCH = 32, 1024
+T = TypeVar("T")
+R = TypeVar("R")
+
+ENCODED, DECODED, FLOWED = 32, 128, 256
+"""Crystals that the encoder, the decoder and the flow are given at a time. Of adaptive grids few have the same shape."""
 
 
-def _batches(items: Sequence[Crystal]) -> Iterator[Sequence[Crystal]]:
-    for start in range(0, len(items), BATCH):
-        yield items[start : start + BATCH]
-
-
-def encode(codec: Codec, crystals: Sequence[Crystal], progress: Callable[[int], None] = lambda n: None) -> Tensor:
-    """[N, latent] posterior means of crystals that the model's grid holds (see `representable`).
+def encode(
+    codec: Codec, crystals: Sequence[Crystal], progress: Callable[[int], None] = lambda n: None, workers: int = 1
+) -> Tensor:
+    """[N, latent] posterior means of crystals that the model's grid holds (see `representable`), over `workers` threads.
 
     progress(n): n more are encoded.
     """
     latents = [torch.empty(0, codec.model.model.latent_size, device=codec.device)]
-    for batch in _batches(crystals):
-        latents.append(codec.encode(batch))
-        progress(len(batch))
+    batches = (crystals[start : start + ENCODED] for start in range(0, len(crystals), ENCODED))
+    for found in _by_networks(codec, codec.encode, batches, workers):
+        latents.append(found)
+        progress(len(found))
     return torch.cat(latents)
 
 
 def decode(codec: Codec, latent_NL: Tensor, ids: Sequence[str], workers: int = 1) -> Iterator[Decoded]:
-    """The crystals of latents, in order: networks in this process, `decode_frame` over `workers` (one: here, too)."""
-    batches = (slice(start, start + BATCH) for start in range(0, len(ids), BATCH))
-    fields = (item for batch in batches for item in codec.decodable(latent_NL[batch], ids[batch]))
-    return parallel_map(partial(decode_frame, spec=codec.model.grid, channel=codec.channel), fields, workers)
+    """The crystals of latents, in order: networks in `workers` threads, `decode_frame` over as many processes.
+
+    One worker means no other process. The crystals are the same, bit for bit, for any number.
+    """
+
+    def decodable(start: int) -> list[Fields | str]:
+        part = slice(start, start + DECODED)
+        return codec.decodable(latent_NL[part], ids[part])
+
+    fields = _by_networks(codec, decodable, range(0, len(ids), DECODED), workers)
+    frame = partial(decode_frame, spec=codec.model.grid, channel=codec.channel)
+    return parallel_map(frame, chain.from_iterable(fields), workers)
 
 
-def sample_latents(codec: Codec, n: int, seed: int) -> Tensor:
+def _by_networks(codec: Codec, work: Callable[[T], R], batches: Iterable[T], workers: int) -> Iterator[R]:
+    """work(batch) for every batch, in order; on CPUs, over threads.
+
+    Each of them is torch's only one: sums over more are rounded otherwise, and a crystal would hang on the cores there are.
+    """
+    threads = max(workers, 1) if codec.device.type == "cpu" else 1
+    usual = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield from in_order(pool, work, batches, threads)
+    finally:
+        torch.set_num_threads(usual)
+
+
+def sample_latents(codec: Codec, n: int, seed: int, workers: int = 1) -> Tensor:
     """[n, latent] draws from what was fitted to the training crystals' latents, the bundle's flow or else a Gaussian.
 
     Same seed, same draws, however many.
     """
     model, generator = codec.model, torch.Generator().manual_seed(seed % 2**63)
     noise = torch.randn(n, model.model.latent_size, generator=generator)
-    mean = model.prior_mean.cpu().float()
-    if model.flow is None:
-        return mean + noise @ model.prior_cholesky.cpu().float().T
-    drawn = [model.flow.carry(part.to(codec.device)).cpu().float() for part in torch.split(noise, FLOW_BATCH)]
-    return mean + model.latent_scale * torch.cat([*drawn, noise[:0]])
+
+    def carried(noise_BL: Tensor) -> Tensor:
+        if model.flow is None:
+            return noise_BL @ model.prior_cholesky.float().T
+        return model.latent_scale * model.flow.carry(noise_BL)
+
+    batches = torch.split(filled(noise).to(codec.device), FLOWED)
+    drawn = torch.cat(list(_by_networks(codec, carried, batches, workers)))[:n]
+    return (model.prior_mean.float() + drawn).cpu()
 
 
 def interpolate_latents(start_L: Tensor, stop_L: Tensor, steps: int, around_L: Tensor | None = None) -> Tensor:
@@ -93,7 +124,7 @@ def altered_latents(codec: Codec, latent_L: Tensor, n: int, radius: float, seed:
     return latent_L.cpu() + steps @ codec.model.prior_cholesky.cpu().float().T
 
 
-def reconstruct(codec: Codec, crystals: Sequence[Crystal]) -> list[Decoded]:
+def reconstruct(codec: Codec, crystals: Sequence[Crystal], workers: int = 1) -> list[Decoded]:
     """Each crystal through encoder and decoder; one that the grid can't hold gives an empty result with the reason."""
     results: list[Decoded | None] = []
     held: list[Crystal] = []
@@ -103,5 +134,5 @@ def reconstruct(codec: Codec, crystals: Sequence[Crystal]) -> list[Decoded]:
             results.append(None)
         except CrystalError as error:
             results.append(Decoded(None, np.zeros(0), str(error)))
-    decoded = decode(codec, encode(codec, held), [crystal.id for crystal in held])
+    decoded = decode(codec, encode(codec, held, workers=workers), [crystal.id for crystal in held], workers)
     return [result or next(decoded) for result in results]

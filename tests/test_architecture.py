@@ -38,7 +38,7 @@ LAYERS = (
         "forecast",
     ),
     ("backends",),
-    ("commands", "bench_shard", "bench_train"),
+    ("commands", "bench_generate", "bench_shard", "bench_train"),
     ("demo",),
     ("cli",),
     ("__main__",),

@@ -25,10 +25,10 @@ from dist_train.crystal.relax import make_calculator
 from dist_train.crystal.structure import Crystal
 from dist_train.errors import ConfigError, CrystalError, DataError, ModelError
 from dist_train.files import STAGE_NAME, sha256, staged, write_text
-from dist_train.generate import BATCH, altered_latents, decode, encode, interpolate_latents, sample_latents
+from dist_train.generate import altered_latents, decode, encode, interpolate_latents, sample_latents
 from dist_train.generated import Finish, Result, counts, finished, processes, result_of, write_files
 from dist_train.models.export import SUMS_NAME, read_bundle, training_digests
-from dist_train.models.reconstruct import Codec
+from dist_train.models.reconstruct import BATCH, Codec
 from dist_train.progress import Stages
 from dist_train.screens import Screens, parse_screens
 from dist_train.shards.discover import read_inputs
@@ -181,7 +181,7 @@ def _check(options: GenerateOptions) -> None:
 
 def _sample(options: GenerateOptions, codec: Codec, stages: Stages) -> Iterator[_Asked]:
     with stages.stage("sample", options.n) as bar:
-        latent_NL = sample_latents(codec, options.n, options.seed)
+        latent_NL = sample_latents(codec, options.n, options.seed, options.workers)
         bar.update(options.n)
     for place, latent in enumerate(latent_NL):
         yield _Asked(f"sample-{options.seed}-{place:05d}", latent)
@@ -203,7 +203,7 @@ def _reconstruct(options: GenerateOptions, codec: Codec, stages: Stages) -> Iter
     if not held:
         told = f"; the first of {len(items)}" if len(items) > 1 else ""
         raise DataError(f"no crystal given can be reconstructed{told}: {items[0][0]}: {items[0][2]}")
-    latents = iter(_encoded(codec, held, stages))
+    latents = iter(_encoded(codec, held, stages, options.workers))
     for id, crystal, found in items:
         yield _Asked(id, found if isinstance(found, str) else next(latents), crystal, crystal)
 
@@ -212,7 +212,7 @@ def _interpolate(options: GenerateOptions, codec: Codec, stages: Stages) -> Iter
     crystals = read_crystals(options.inputs, codec.model.grid)
     if len(crystals) < 2:
         raise DataError(f"generate interpolate takes two crystals or more, {len(crystals)} is given")
-    ends = _encoded(codec, [_held(crystal, codec) for crystal in crystals], stages)
+    ends = _encoded(codec, [_held(crystal, codec) for crystal in crystals], stages, options.workers)
     around = codec.model.prior_mean.cpu().float() if options.path == "spherical" else None
     legs = [interpolate_latents(start, stop, options.steps, around) for start, stop in zip(ends, ends[1:])]
     latent_NL = torch.cat([legs[0][:1], *(leg[1:] for leg in legs)])
@@ -224,7 +224,7 @@ def _alter(options: GenerateOptions, codec: Codec, stages: Stages) -> Iterator[_
     edit = make_edit(options.replace, options.scale, options.within, options.of, codec.model.elements)
     crystals = read_crystals(options.inputs, codec.model.grid)
     edited = [edit(crystal) for crystal in crystals]
-    latents = _encoded(codec, [_held(crystal, codec) for crystal in edited], stages)
+    latents = _encoded(codec, [_held(crystal, codec) for crystal in edited], stages, options.workers)
     for original, given, latent in zip(crystals, edited, latents, strict=True):
         if options.perturb is None:
             yield _Asked(f"{original.id}-altered", latent, original, given)
@@ -243,9 +243,9 @@ def _held(crystal: Crystal, codec: Codec) -> Crystal:
     return held
 
 
-def _encoded(codec: Codec, crystals: Sequence[Crystal], stages: Stages) -> Tensor:
+def _encoded(codec: Codec, crystals: Sequence[Crystal], stages: Stages, workers: int) -> Tensor:
     with stages.stage("encode", len(crystals)) as bar:
-        return encode(codec, crystals, bar.update).cpu()
+        return encode(codec, crystals, bar.update, workers).cpu()
 
 
 def _decoded(codec: Codec, asked: Sequence[_Asked], workers: int, stages: Stages) -> list[Result]:

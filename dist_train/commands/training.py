@@ -372,7 +372,8 @@ def _last_validation(spool: Path) -> dict[str, float]:
 
 def _fit_prior(codec: Codec, reader: ShardReader, config: RunConfig) -> None:
     """Fit what samples are drawn from to the latents of the training crystals."""
-    latents = encode(codec, whole(reader.crystal, fetched(reader, min(len(reader), PRIOR_SAMPLES)))).cpu().double()
+    crystals = whole(reader.crystal, fetched(reader, min(len(reader), PRIOR_SAMPLES)))
+    latents = encode(codec, crystals, workers=torch.get_num_threads()).cpu().double()
     centred = latents - latents.mean(0)
     covariance = centred.T @ centred / max(len(latents) - 1, 1)
     ridge = 1e-6 * covariance.diagonal().mean().clamp(min=1e-6) * torch.eye(len(covariance), dtype=torch.float64)

@@ -1,10 +1,11 @@
-"""An ordered map over processes, with a bounded number of items in memory."""
+"""Ordered maps over processes or threads, with a bounded number of items in memory."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from typing import TypeVar
@@ -24,15 +25,23 @@ def parallel_map(function: Callable[[T], R], items: Iterable[T], workers: int, c
     if workers <= 1:
         yield from map(function, items)
         return
-    waiting, flying = iter(items), deque[Future[list[R]]]()
+    waiting = iter(items)
+    chunks = iter(lambda: list(islice(waiting, chunk)), [])
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    for found in in_order(pool, partial(_each, function), chunks, CHUNKS_IN_FLIGHT * workers):
+        yield from found
+
+
+def in_order(pool: Executor, function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
+    """function(item) for every item, in order, at most `ahead` of them before they are asked for; ends with the pool."""
+    flying = deque[Future[R]]()
     try:
-        while batch := list(islice(waiting, chunk)):
-            flying.append(pool.submit(_each, function, batch))
-            if len(flying) > CHUNKS_IN_FLIGHT * workers:
-                yield from flying.popleft().result()
+        for item in items:
+            flying.append(pool.submit(function, item))
+            if len(flying) > ahead:
+                yield flying.popleft().result()
         while flying:
-            yield from flying.popleft().result()
+            yield flying.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
 

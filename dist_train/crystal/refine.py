@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from dist_train.crystal import kernels
 from dist_train.crystal.lattice import FloatArray, neighbour_pairs
-from dist_train.crystal.spectrum import NoiseSpectrum
+from dist_train.crystal.spectrum import NoiseSpectrum, PairWaves
 from dist_train.crystal.voxelize import fill_density
 
 LARGEST_STEP_A = 0.1
@@ -60,8 +60,9 @@ def refine(
     problem = _Problem(cart_N3, errors_N, density_DHW / scale, lattice_A, sigma_A, heights_N / scale)
     problem.fit_white()
     if problem.residual.std() > CLEAN * problem.height:
+        waves = PairWaves.of(problem.width, problem.distances)
         for _ in range(_ROUNDS):
-            problem.fit_weighed(NoiseSpectrum.of(problem.residual, lattice_A))
+            problem.fit_weighed(NoiseSpectrum.of(problem.residual, lattice_A), waves)
     return Fit(problem.cart, problem.residual * np.float32(scale / problem.height))
 
 
@@ -94,9 +95,9 @@ class _Problem:
             if self._step(slope, self._white_coupling(), np.maximum(self.square, 1e-10)) < CONVERGED_A:
                 break
 
-    def fit_weighed(self, noise: NoiseSpectrum) -> None:
+    def fit_weighed(self, noise: NoiseSpectrum, waves: PairWaves) -> None:
         """Positions for noise of a known spectrum, which is stronger around some atoms than around others."""
-        coupling = noise.coupling(self.width, self.distances)
+        coupling = noise.coupling(waves)
         local = np.clip(self.square / self.square.mean(), 0.1, 10.0)
         for _ in range(_ITERATIONS):
             self._fill(self.width, self.field)
@@ -157,20 +158,29 @@ def _solve(cart, pull, variance, weight, noise, across, along, spacing, first, s
     second[first[n] : first[n + 1]].
     """
     step = np.zeros_like(cart)
+    # What doesn't change from sweep to sweep.
+    away, square = np.empty_like(shift), np.empty(len(second))
+    at_right_angles, towards = np.empty(len(second)), np.empty(len(second))
+    for n in range(len(cart)):
+        for p in range(first[n], first[n + 1]):
+            total = 0.0
+            for axis in range(3):
+                away[p, axis] = cart[n, axis] - cart[second[p], axis] - shift[p, axis]
+                total += away[p, axis] * away[p, axis]
+            length = np.sqrt(total)
+            square[p] = max(length * length, 1e-12)
+            entry = min(int(length / spacing), len(across) - 2)
+            rest = length / spacing - entry
+            at_right_angles[p] = across[entry] + rest * (across[entry + 1] - across[entry])
+            towards[p] = along[entry] + rest * (along[entry + 1] - along[entry])
     for _ in range(_SWEEPS):
         for n in range(len(cart)):
             right = pull[n].copy()
             for p in range(first[n], first[n + 1]):
-                m = second[p]
-                d = cart[n] - cart[m] - shift[p]
-                length = np.sqrt((d * d).sum())
-                entry = min(int(length / spacing), len(across) - 2)
-                rest = length / spacing - entry
-                a = across[entry] + rest * (across[entry + 1] - across[entry])
-                b = along[entry] + rest * (along[entry + 1] - along[entry])
-                dot = (d * step[m]).sum() / max(length * length, 1e-12)
+                m, a, b = second[p], at_right_angles[p], towards[p]
+                dot = (away[p, 0] * step[m, 0] + away[p, 1] * step[m, 1] + away[p, 2] * step[m, 2]) / square[p]
                 for axis in range(3):
-                    part = d[axis] * dot
+                    part = away[p, axis] * dot
                     right[axis] -= weight[n] * weight[m] * (a * (step[m, axis] - part) + b * part) / noise[n]
             step[n] = right / (weight[n] ** 2 * across[0] / noise[n] + 1.0 / variance[n])
             length = np.sqrt((step[n] ** 2).sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,21 +63,39 @@ class NoiseSpectrum:
             fft.irfftn(fft.rfftn(field_DHW) * (smoothing / self.power(np.sqrt(self.squares))), s=self.shape), np.float32
         )
 
-    def coupling(self, sigma_A: float, distances_A: FloatArray) -> tuple[FloatArray, FloatArray]:
+    def coupling(self, waves: PairWaves) -> tuple[FloatArray, FloatArray]:
         """Normal equations of unit Gaussians under this noise, 1 / angstrom^2: (across, along) of two atoms, by distance.
 
         A coordinate of one atom couples to the same one of another by `along` in the direction between them, by `across`
         at right angles to it; at distance zero both are the information on one atom's coordinate.
         """
         # The sum over modes as an integral over |k|: the field of an atom alone, which images then add up.
-        wave = np.linspace(0.0, 6.0 / sigma_A, WAVES + 1)[1:]
+        sigma_A, wave = waves.sigma_A, waves.wave
         voxels_per_A3 = np.prod(self.shape) / self.volume_A3
         amplitude = (2 * np.pi * sigma_A**2) ** 1.5 * np.exp(-0.5 * (wave * sigma_A) ** 2)
         terms = voxels_per_A3 * wave[0] * wave**4 / (2 * np.pi**2) * amplitude**2 / self.power(wave)
+        return waves.across @ terms, waves.along @ terms
+
+
+class PairWaves(NamedTuple):
+    """What is the same for any noise in the coupling of two Gaussians of `sigma_A`.
+
+    wave: |k| in 1 / angstrom that count; across, along: [distances, waves] what each of them adds.
+    """
+
+    sigma_A: float
+    wave: FloatArray
+    across: FloatArray
+    along: FloatArray
+
+    @classmethod
+    def of(cls, sigma_A: float, distances_A: FloatArray) -> PairWaves:
+        """For two Gaussians at each of some distances."""
+        wave = np.linspace(0.0, 6.0 / sigma_A, WAVES + 1)[1:]
         phase = np.maximum(np.outer(distances_A, wave), 1e-3)
         sine = np.sin(phase) / phase
         across = (sine - np.cos(phase)) / phase**2
-        return across @ terms, (sine - 2 * across) @ terms
+        return cls(sigma_A, wave, across, sine - 2 * across)
 
 
 def wave_squares(shape: tuple[int, ...], lattice_A: FloatArray) -> FloatArray:

@@ -124,7 +124,7 @@ class CrystalAutoencoder(nn.Module):
 
     def segment(self, decoding: Decoding) -> Tensor:
         """[B, 1 + E, D, H, W] logits of 'no atom' and of each element, gated by the decoded composition."""
-        features = self.unet(decoding.density_BCDHW).movedim(1, -1)
+        features = self.unet(decoding.density_BCDHW).movedim(1, -1).contiguous()  # strided, it is multiplied slowly
         logits = self.unet.classify(features)
         if self.model.gate:
             logits = logits + composition_gate(decoding.composition_BE)[:, None, None, None]

@@ -24,7 +24,7 @@ BATCH, LEARNING_RATE, AVERAGED, CHECKS = 512, 1e-3, 0.005, 20
 
 
 class LatentFlow(nn.Module):
-    """Velocity [B, size] at points [B, size] and times [B] from 0 (noise) to 1 (latent)."""
+    """Velocity [B, size] at points [B, size] and times [B], or one for all [1], from 0 (noise) to 1 (latent)."""
 
     def __init__(self, size: int, width: int, depth: int) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class LatentFlow(nn.Module):
         """Points of N(0, I) to latents, by Heun's method."""
         x, step = noise_BL, 1.0 / STEPS
         for i in range(STEPS):
-            time = x.new_full((len(x),), i * step)
+            time = x.new_full((1,), i * step)
             velocity = self(x, time)
             x = x + 0.5 * step * (velocity + self(x + step * velocity, time + step))
         return x

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from math import prod
 
 import numpy as np
@@ -38,6 +39,13 @@ class Fields:
     estimate: Estimate
 
 
+BATCH = 32
+"""Crystals that the networks decode at a time."""
+ROWS, SMALL = 16, 4096
+"""What their number is a multiple of, the last one repeated, where a grid has at most so many voxels: torch takes other ways
+for fewer, which round otherwise, and a crystal would hang on how many are decoded with it."""
+
+
 class Codec:
     """A model ready for inference: crystals -> latents -> fields -> crystals."""
 
@@ -57,7 +65,9 @@ class Codec:
         means = torch.empty(len(crystals), self.model.model.latent_size, device=self.device)
         for places in _of_one([grid.shape for grid in grids]):
             density = torch.from_numpy(np.stack([grids[place] for place in places]))
-            means[places] = self.latents(density, cell[places])
+            if density[0, 0].numel() <= SMALL:
+                density = filled(density)
+            means[places] = self.latents(density, filled(cell[places])[: len(density)])[: len(places)]
         return means
 
     def _centred(self, crystal: Crystal) -> Crystal:
@@ -76,24 +86,26 @@ class Codec:
     @torch.inference_mode()
     def shapes(self, latent_BL: Tensor) -> list[Shape | str]:
         """Of the grid of each latent, or why there is none: cell parameters of no cell at all are possible."""
-        numbers = self.model.decoder.numbers(latent_BL.to(self.device, self.scale.dtype))
+        numbers = self.model.decoder.numbers(filled(latent_BL).to(self.device, self.scale.dtype))
         parameters_B6 = cell_parameters(self.scale.physical_cell(numbers.cell_B6).cpu().numpy())
-        return [self._shape(*both) for both in zip(parameters_B6, numbers.shape_B3.float().cpu().numpy(), strict=True)]
+        rows = zip(parameters_B6, numbers.shape_B3.float().cpu().numpy(), strict=True)
+        return [self._shape(*row) for row in islice(rows, len(latent_BL))]
 
     @torch.inference_mode()
     def fields(self, latent_BL: Tensor, shapes: Sequence[Shape]) -> list[Fields]:
         """The networks' outputs for latents, each on a grid of its own shape."""
         found: dict[int, Fields] = {}
         for places in _of_one(shapes):
-            fields = self._fields(latent_BL[places].to(self.device, self.scale.dtype), shapes[places[0]])
-            found.update(zip(places, fields, strict=True))
+            shape, latents = shapes[places[0]], latent_BL[places]
+            latents = filled(latents) if prod(shape) <= SMALL else latents
+            found.update(zip(places, self._fields(latents.to(self.device, self.scale.dtype), shape), strict=False))
         return [found[place] for place in range(len(shapes))]
 
     def _fields(self, latent_BL: Tensor, shape: Shape) -> Iterable[Fields]:
         decoding = self.model.decode(latent_BL, shape)
-        logits = self.model.segment(decoding).float()
-        species = self._atomic_number[logits[:, 1:].argmax(1) + 1]
-        probability = 1.0 - torch.softmax(logits, 1)[:, 0]
+        logits = self.model.segment(decoding).float().movedim(1, -1)  # as they lie in memory
+        species = self._atomic_number[logits[..., 1:].argmax(-1) + 1]
+        probability = 1.0 - torch.softmax(logits, -1)[..., 0]
         return map(
             Fields,
             self.scale.physical_density(decoding.density_BCDHW).cpu().numpy(),
@@ -147,7 +159,13 @@ class Codec:
         return shape
 
 
+def filled(rows: Tensor) -> Tensor:
+    """Rows of a tensor, the last one repeated up to a multiple of ROWS."""
+    return rows[torch.arange(len(rows) + -len(rows) % ROWS).clamp(max=len(rows) - 1)]
+
+
 def _of_one(shapes: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
-    """The places of each shape, in order."""
+    """The places of each shape, in order, at most BATCH at a time."""
     for shape in dict.fromkeys(shapes):
-        yield [place for place, other in enumerate(shapes) if other == shape]
+        places = [place for place, other in enumerate(shapes) if other == shape]
+        yield from (places[start : start + BATCH] for start in range(0, len(places), BATCH))

@@ -10,7 +10,7 @@ from scipy import fft
 from dist_train.crystal import refine as module
 from dist_train.crystal.lattice import from_lengths_angles, periodic_distances
 from dist_train.crystal.refine import Fit, refine
-from dist_train.crystal.spectrum import NoiseSpectrum
+from dist_train.crystal.spectrum import NoiseSpectrum, PairWaves
 from dist_train.crystal.voxelize import fill_density
 
 FloatArray = NDArray[np.float64]
@@ -238,7 +238,7 @@ def flat(power: float) -> NoiseSpectrum:
 
 def test_coupling_under_white_noise_has_a_closed_form() -> None:
     distances = np.linspace(0, 4, 50)
-    across, along = flat(0.25).coupling(SIGMA_A, distances)
+    across, along = flat(0.25).coupling(PairWaves.of(SIGMA_A, distances))
     alone = information(0.5, np.inf)
     falling = np.exp(-(distances**2) / (4 * SIGMA_A**2))
     np.testing.assert_allclose(across, alone * falling, atol=1e-5 * alone)
@@ -255,7 +255,7 @@ def test_coupling_is_the_sum_over_modes_of_a_large_cell() -> None:
     gaussian = (2 * np.pi * SIGMA_A**2) ** 1.5 * np.exp(-0.5 * squares * SIGMA_A**2)
     terms = (size / edge) ** 3 * gaussian**2 / edge**3 / noise.power(np.sqrt(squares))
     distances = np.array([0.0, 0.7, 1.5, 2.2])
-    across, along = noise.coupling(SIGMA_A, distances)
+    across, along = noise.coupling(PairWaves.of(SIGMA_A, distances))
     expected = [[(terms * axis**2 * np.cos(z * d)).sum() for d in distances] for axis in (x, z)]
     np.testing.assert_allclose([across, along], expected, atol=2e-3 * across[0])
 
