@@ -1,4 +1,4 @@
-"""Pages of what a released model generates: every output is in them, in its place, with its density; a browser draws them."""
+"""Pages of what a released model generates: every output is in its place, with its density; a browser draws them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from small_run import ROOT
 from test_report import RECORD_ERRORS, TOOLS, Page, browse, densities_of, needs_browser, values
 
 from dist_train.commands.models import load_codec
+from dist_train.config import GridSpec, ModelConfig
 from dist_train.crystal.cif import parse_cif, write_cif
 from dist_train.crystal.decode import Decoded
 from dist_train.crystal.frames import representable
@@ -21,6 +22,7 @@ from dist_train.crystal.voxelize import voxelize
 from dist_train.densities import generated_densities, reconstructed_densities
 from dist_train.generate import decode, encode, interpolate_latents, sample_latents
 from dist_train.generate_report import COLUMNS, MAX_SHOWN, Output, write_generation_report
+from dist_train.models.autoencoder import CrystalAutoencoder, Statistics
 from dist_train.models.reconstruct import Codec
 
 SampleTable = Callable[[str], list[Crystal]]
@@ -97,6 +99,26 @@ def test_densities_are_those_of_the_true_grid_and_of_the_networks(page: Path, co
             assert volume[tuple(np.round(12 * np.array(frac)).astype(int) % 12)] > 0.5
         assert found["volumes"][0]["extent"] == pytest.approx(crystal.lattice_A.round(6))
     assert densities_of(page)[1]["note"] == f"No crystal was made of it: {FAILED.reason}"
+
+
+@pytest.mark.parametrize("frame", ["cell", "window"])
+def test_the_channel_of_places_comes_first_and_cubes_are_no_cells(crystals: list[Crystal], frame: str) -> None:
+    """With networks that were not trained."""
+    spec = GridSpec(frame=frame, shape=32, box_A=9.3, sigma_A=0.5, channels=("period", "occupancy"), canonical=False)
+    sizes = ModelConfig(latent=6, vae_widths=(4,), unet_width=4, unet_levels=2)
+    statistics = Statistics((0.0,) * 8, (1.0,) * 8, (1.0,) * 6, (0.1,) * 6, 1.6, 0.1)
+    codec = Codec(CrystalAutoencoder(spec, sizes, tuple(crystals[0].composition), statistics))
+    (found,) = reconstructed_densities(codec, ["x"], crystals[:1], [FAILED])
+    assert found.channels == ("occupancy", *(f"period {i}" for i in range(1, 8)))
+    density = voxelize(crystals[0], spec).density_CDHW
+    true, decoded = found.volumes
+    assert (true.density_CDHW[0] == density[7]).all() and (true.density_CDHW[1:] == density[:7]).all()
+    assert decoded.density_CDHW.shape == (8, 32, 32, 32)
+    if frame == "cell":
+        assert true.periodic and (true.extent_33 == crystals[0].lattice_A).all() and true.crystal is crystals[0]
+    else:
+        assert not true.periodic and true.crystal is None
+        assert true.extent_33 == pytest.approx(np.eye(3) * 9.3 * 32 / 31)
 
 
 @pytest.mark.parametrize("is_path", [False, True])
