@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -143,12 +144,13 @@ def _checkpoints(run_dir: Path, path: Path, config: RunConfig) -> tuple[tuple[ob
     folders = checkpoints.committed()
     kinds = {"newest": folders[-1] if folders else None, "best": checkpoints.best(folders)}
 
-    def row(folder: Path) -> tuple[object, ...]:
-        state = read_state(folder)
+    rows = []
+    for folder in folders:
         kept = " and ".join(kind for kind, which in kinds.items() if which == folder)
-        return state.step, state.validation_loss, kept, _megabytes(*folder.iterdir()), _link(folder, path)
-
-    return tuple(map(row, folders))
+        with suppress(FileNotFoundError):  # a run that goes on removes old ones
+            state, size = read_state(folder), _megabytes(*folder.iterdir())
+            rows.append((state.step, state.validation_loss, kept, size, _link(folder, path)))
+    return tuple(rows)
 
 
 def _bundle(run_dir: Path, path: Path) -> tuple[tuple[object, ...], ...]:

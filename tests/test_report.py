@@ -288,7 +288,7 @@ EXERCISE = (
   $$("th button")[1].click();
   probe.falling = $$("td:last-child").map((cell) => cell.textContent);
   const box = $$("#tables input")[0];
-  probe.counts = ["", "F 0.33", "nowhere", "b"].map((words) => {
+  probe.counts = ["", "E 0.33", "nowhere", "b"].map((words) => {
     box.value = words;
     box.oninput();
     return [$$("#tables .count")[0].textContent, $$("tbody tr:not([hidden])").length];
