@@ -55,6 +55,8 @@ def write_generation_report(
     the steps of a path, as an animation. rows: of the table, under `columns`; without them, `output_row` of each.
     """
     table = [output_row(output) for output in outputs[: 10 * MAX_SHOWN]] if rows is None else rows[: 10 * MAX_SHOWN]
+    if rows is None and not any(row[-1] for row in table):  # a column of verdicts where none was made
+        columns, table = columns[:-1], [row[:-1] for row in table]
     crystals = Table("Crystals", tuple(columns), tuple(map(tuple, table)), _told(len(table), len(outputs)))
     figures = Table("Figures", ("figure", "value"), tuple((metrics or {}).items()))
     shown = outputs[:MAX_SHOWN]

