@@ -95,8 +95,8 @@ def write_evaluation_report(
         densities=reconstructed_densities(
             codec, [_title(row) for row in held], [case.crystal for case, _, _ in held], [decoded for _, decoded, _ in held]
         ),
-        samples=tuple(view(f"sample {i}", decoded) for i, decoded in enumerate(look["samples"], 1)),
-        path_frames=tuple(view(f"step {i}", decoded) for i, decoded in enumerate(look["interpolation"], 1)),
+        samples=tuple(view(f"sample-{i:03d}", decoded) for i, decoded in enumerate(look["samples"])),
+        path_frames=tuple(view(f"step-{i:02d}", decoded) for i, decoded in enumerate(look["interpolation"])),
     )
 
 
