@@ -68,6 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_inspect(verbs)
     _add_plan(verbs)
     _add_train(verbs)
+    _add_report(verbs)
     _add_launch(verbs)
     _add_register(verbs)
     _add_release(verbs)
@@ -254,6 +255,22 @@ def _train(options: argparse.Namespace) -> str:
         from dist_train.commands.training import train
 
         return train(_load(options))
+
+
+def _add_report(verbs: Verbs) -> None:
+    parser = _verb(
+        verbs, "report", "write the page of a training run: curves, figures, checkpoints, settings, crystals",
+        "Training does it at its end; this works at any time, also while a run goes on. The page needs no network.",
+    )  # fmt: skip
+    parser.add_argument("run_dir", type=Path, help="folder of the run")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="page to write; without it, report.html in the folder")
+    parser.set_defaults(run=_report)
+
+
+def _report(options: argparse.Namespace) -> str:
+    from dist_train.commands.report import report
+
+    return report(options.run_dir, options.out)
 
 
 def _add_launch(verbs: Verbs) -> None:

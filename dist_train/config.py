@@ -554,6 +554,15 @@ def load_config(path: Path | None = None, overrides: tuple[str, ...] = ()) -> Ru
         raise ConfigError(f"{source} can't be used:\n{lines}") from None
 
 
+def flattened(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """('a.b', value) of every setting of a dumped config."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from flattened(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text())

@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dist_train.crystal.case import Case
 from dist_train.crystal.cif import write_cif
 from dist_train.crystal.decode import Decoded
 from dist_train.crystal.metrics import PairMetrics
+from dist_train.densities import reconstructed_densities
 from dist_train.evaluate import Evaluation
+from dist_train.generate_report import view
 from dist_train.report import Pair, Table, write_report
 from dist_train.tables import SYSTEMS, exposure, misses
 
-WORST = 20
+if TYPE_CHECKING:
+    from dist_train.models.reconstruct import Codec
+
+WORST, WORST_DENSITIES = 20, 4
 MAX_ROWS = 500
 """Crystals in the page's table, the worst first; crystals.csv has all."""
 METRICS = (
@@ -40,9 +45,12 @@ Row = tuple[Case, Decoded, PairMetrics]
 
 
 def write_evaluation_report(
-    path: Path, title: str, result: Evaluation, look: dict[str, list[Decoded]], metrics: dict[str, Any]
+    path: Path, title: str, codec: Codec, result: Evaluation, look: dict[str, list[Decoded]], metrics: dict[str, Any]
 ) -> None:
-    """Write the page: the worst of each kind in 3-D, the worst first in the table of crystals."""
+    """Write the page: the worst of each kind in 3-D, the worst first in the table of crystals.
+
+    codec: the model that was evaluated, for the densities of the worst.
+    """
     overview = Table(
         "Reconstruction",
         ("metric", *(label for label, _ in SYSTEMS)),
@@ -71,6 +79,8 @@ def write_evaluation_report(
         tuple(islice((_row(*row) for row in chain.from_iterable(_kinds(result))), MAX_ROWS)),
         f"At most {MAX_ROWS} are listed here; crystals.csv has all.",
     )
+    worst = list(islice(_interleaved(_kinds(result)), WORST))
+    held = [row for row in worst if not row[0].refusal][:WORST_DENSITIES]
     nearest = metrics["match_rate_nearest_training"]
     write_report(
         path,
@@ -81,9 +91,12 @@ def write_evaluation_report(
             + f"{metrics['match_rate_codec_ceiling']:.1%} with the decoder fed the true grids; {misses(metrics)}."
         ),
         tables=(overview, *_breakdown(metrics), *([reasons] if reasons.rows else []), crystals),
-        pairs=tuple(map(_pair, islice(_interleaved(_kinds(result)), WORST))),
-        samples=tuple(_titled(look["samples"])),
-        path_frames=tuple(_titled(look["interpolation"])),
+        pairs=tuple(map(_pair, worst)),
+        densities=reconstructed_densities(
+            codec, [_title(row) for row in held], [case.crystal for case, _, _ in held], [decoded for _, decoded, _ in held]
+        ),
+        samples=tuple(view(f"sample-{i:03d}", decoded) for i, decoded in enumerate(look["samples"])),
+        path_frames=tuple(view(f"step-{i:02d}", decoded) for i, decoded in enumerate(look["interpolation"])),
     )
 
 
@@ -143,11 +156,16 @@ def _row(case: Case, decoded: Decoded, pair: PairMetrics) -> tuple[object, ...]:
 def _pair(row: Row) -> Pair:
     case, decoded, pair = row
     return Pair(
-        title=f"{case.crystal.formula} ({case.crystal.id}): {_verdict(pair)}",
+        title=_title(row),
         left=write_cif(case.crystal),
         right=write_cif(decoded.crystal) if decoded.crystal else None,
         note=f"The model can't hold it: {case.refusal}" if case.refusal else decoded.reason or _verdict(pair),
     )
+
+
+def _title(row: Row) -> str:
+    case, _, pair = row
+    return f"{case.crystal.formula} ({case.crystal.id}): {_verdict(pair)}"
 
 
 def _verdict(pair: PairMetrics) -> str:
@@ -158,9 +176,3 @@ def _verdict(pair: PairMetrics) -> str:
         return f"match, RMS {pair.rms:.4f}" + ("" if pair.valid else ", but atoms overlap: not valid")
     right = f"{pair.species_correct} of {pair.n_true} atoms have the right species"
     return f"no match: {pair.n_predicted} atoms decoded of {pair.n_true}, {right}, {pair.position_error_A:.2f} A off"
-
-
-def _titled(items: Iterable[Decoded]) -> Iterable[tuple[str, str]]:
-    for item in items:
-        if item.crystal is not None:
-            yield f"{item.crystal.id}: {item.crystal.formula}", write_cif(item.crystal)

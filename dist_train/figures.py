@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from dist_train.crystal.elements import MAX_Z, PLACES, SYMBOLS
 from dist_train.crystal.structure import Crystal
 from dist_train.crystal.voxelize import voxelize
-from dist_train.training.tracker import read_spool
+from dist_train.training.tracker import read_series
 
 if TYPE_CHECKING:  # torch isn't wanted where a data set is described
     from dist_train.models.reconstruct import Codec
@@ -70,12 +70,7 @@ def slices(codec: Codec, crystals: Sequence[Crystal]) -> bytes:
 
 def loss_curves(spool: Path) -> bytes:
     """Loss parts of training and validation, and decoded accuracy on the validation split, by step."""
-    series: dict[str, tuple[list[int], list[float]]] = {}
-    for record in read_spool(spool):
-        for name, value in record["metrics"].items():
-            steps, values = series.setdefault(name, ([], []))
-            steps.append(record["step"])
-            values.append(value)
+    series = read_series(spool)
     parts = [name.removeprefix("train/") for name in series if name.startswith("train/")]
     figure = Figure(figsize=(11, 5.5), layout="constrained")
     panels = figure.subplots(2, 4).ravel()

@@ -87,12 +87,12 @@ def shortest_distance(crystal: Crystal) -> float:
     return min(shortest_distances(compact_lattice(crystal.lattice_A), crystal.cart_N3, crystal.numbers_N, bound))
 
 
-def space_group(crystal: Crystal) -> str:
+def space_group(crystal: Crystal, symprec_A: float = SYMPREC_A) -> str:
     """International symbol and number of the space group, such as 'Pm-3m (221)', or 'not found'."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # see `lattice.niggli`
         try:
-            found = spglib.get_spacegroup((crystal.lattice_A, crystal.frac_N3, crystal.numbers_N), symprec=SYMPREC_A)
+            found = spglib.get_spacegroup((crystal.lattice_A, crystal.frac_N3, crystal.numbers_N), symprec=symprec_A)
         except spglib.error.SpglibError:
             found = None
     return found or "not found"

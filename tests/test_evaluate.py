@@ -104,6 +104,9 @@ def test_files_and_tables_with_crystals_that_cannot_be_read_or_held(
     page = (out / "report.html").read_text()
     assert "Match rate by crystal system" in page
     assert '"title":"' in page and "The model can't hold it" in page
+    densities = json.loads(re.search(r'"densities":(\[.*?\]),"path":', page)[1])
+    assert len(densities) == 4 and not any(name in density["title"] for density in densities for name in ("long", "strange"))
+    assert all([volume["label"] for volume in density["volumes"]] == ["true", "decoded"] for density in densities)
     again = evaluated(trained, out, "--data", str(table), str(folder), "--training", str(table))
     # Any number of processes, and into the folder of an earlier evaluation; the last bits of sums may differ.
     texts = [json.dumps({**metrics, "seconds": None}) for metrics in (found, again)]

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_train.config import RunConfig, TrackingConfig
+from dist_train.config import RunConfig, TrackingConfig, flattened
 from dist_train.training.tracker import read_on
 
 if TYPE_CHECKING:
@@ -159,24 +159,16 @@ def _log_config(client: MlflowClient, run_id: str, config: RunConfig) -> None:
 
     # Where one launch of a run is to stop is no setting of the run.
     config = config.model_copy(update={"train": config.train.model_copy(update={"stop_after_step": None})})
-    flat = dict(_flatten(config.model_dump(mode="json")))
+    flat = dict(flattened(config.model_dump(mode="json")))
     client.log_batch(run_id, params=[Param(key, str(value)[:500]) for key, value in flat.items()])
     client.log_text(run_id, config.to_yaml(), "run.yaml")
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def log_figures(tracking: TrackingConfig, run_id: str, paths: Sequence[Path], figures: dict[str, float]) -> None:
-    """Add files and final figures to a run that has ended."""
+    """Add files, in the folder `evaluation`, and final figures to a run that has ended."""
     assert tracking.uri is not None
     client = connect(tracking.uri)
     for path in paths:
-        client.log_artifact(run_id, str(path))
+        client.log_artifact(run_id, str(path), "evaluation")
     for name, value in figures.items():
         client.log_metric(run_id, name, value)

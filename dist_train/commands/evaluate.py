@@ -125,7 +125,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         **_sampled(look["samples"]),
     }
     with stages.stage("write", len(cases)) as bar:
-        _write(out, options, result, look, metrics)
+        _write(out, options, codec, result, look, metrics)
         bar.update(len(cases))
     metrics["seconds"] = {name: round(seconds, 2) for name, seconds in stages.seconds.items()}
     write_text(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
@@ -251,11 +251,17 @@ def _sampled(samples: Sequence[Decoded]) -> dict[str, int]:
 
 
 def _write(
-    out: Path, options: EvaluateOptions, result: Evaluation, look: dict[str, list[Decoded]], metrics: dict[str, Any]
+    out: Path,
+    options: EvaluateOptions,
+    codec: Codec,
+    result: Evaluation,
+    look: dict[str, list[Decoded]],
+    metrics: dict[str, Any],
 ) -> None:
     shutil.rmtree(out / "cifs", ignore_errors=True)
     for group, decoded in {"reconstructed": result.reconstructed, **look}.items():
         write_cifs(out / "cifs" / group, decoded)
     with atomic_path(out / "crystals.csv") as path, path.open("w", newline="", errors="replace") as stream:
         csv.writer(stream).writerows(rows(result))
-    write_evaluation_report(out / "report.html", f"{options.model} on {_source(options)}", result, look, metrics)
+    title = f"{options.model} on {_source(options)}"
+    write_evaluation_report(out / "report.html", title, codec, result, look, metrics)

@@ -41,6 +41,7 @@ from dist_train.training.engine import Engine, TorchEngine, check_batch
 from dist_train.training.loop import batch_plan, fit
 from dist_train.training.state import TrainState
 from dist_train.training.tracker import NoTracker, Spool, read_spool
+from dist_train.training_report import REPORT, SHOWN, write_training_report
 
 if TYPE_CHECKING:
     from dist_train.backends.mlflow_tracker import MlflowUploader
@@ -52,7 +53,6 @@ MAX_DIGESTS = 200_000
 """Of the training samples that a bundle lists: 1.6 MB and a few minutes at the end of a run."""
 MIN_CELL_STD = 0.01
 """Least spread of the cell numbers: where all crystals share a number, the network's noise is scaled down to this."""
-FIGURE_CRYSTALS = 4
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Options of glibc's mallopt."""
 MICRO_BATCH = "micro_batch_size"
@@ -210,7 +210,11 @@ def _train_rank(config: RunConfig, index: Index, rank: int) -> str:
     try:
         reached = fit(config, engine, reader, val, spool, checkpoints, state)
         done = reached.step == plan.steps
-        summary = _finish(config, index, engine, reader, val, reached) if done else f"stopped after step {reached.step}"
+        if done:
+            summary = _finish(config, index, engine, reader, val, reached)
+        else:
+            summary = f"stopped after step {reached.step}"
+            write_training_report(config.run_dir, config.run_dir / REPORT, None, [])
         status = "FINISHED"
     except Interrupted:
         status = "KILLED"
@@ -221,7 +225,7 @@ def _train_rank(config: RunConfig, index: Index, rank: int) -> str:
         raise
     finally:
         spool.close()
-        pictures = [path for path in (config.run_dir / "figures",) if path.is_dir()]
+        pictures = [path for path in (config.run_dir / "figures", config.run_dir / REPORT) if path.exists()]
         sent = uploader.close(status, pictures) if uploader else True
     engine.close()
     if not sent:
@@ -349,13 +353,14 @@ def _finish(
     }
     unique = np.unique(np.array(digests, np.uint64))
     bundle = write_bundle(config.run_dir / "bundle", model, model.state_dict(), about, unique)
-    crystals = [val.crystal(place) for place in range(min(FIGURE_CRYSTALS, len(val)))]
+    crystals = [val.crystal(place) for place in range(min(SHOWN, len(val)))]
     for name, png in (
         ("slices.png", slices(codec, crystals)),
         ("loss_curves.png", loss_curves(config.run_dir / "metrics.jsonl")),
     ):
         (config.run_dir / "figures").mkdir(exist_ok=True)
         (config.run_dir / "figures" / name).write_bytes(png)
+    write_training_report(config.run_dir, config.run_dir / REPORT, codec, crystals)
     return f"{state.step} steps done, {state.skipped} skipped; model bundle: {bundle}"
 
 

@@ -60,7 +60,7 @@ class Codec:
     @torch.inference_mode()
     def encode(self, crystals: Sequence[Crystal]) -> Tensor:
         """[B, latent] posterior means (float32). Raises CrystalError for a crystal that the grid can't hold."""
-        grids = [voxelize(self._centred(crystal), self.model.grid).density_CDHW for crystal in crystals]
+        grids = [voxelize(self.centred(crystal), self.model.grid).density_CDHW for crystal in crystals]
         cell = torch.from_numpy(cell_numbers(np.stack([crystal.lengths_angles for crystal in crystals])))
         means = torch.empty(len(crystals), self.model.model.latent_size, device=self.device)
         for places in _of_one([grid.shape for grid in grids]):
@@ -70,7 +70,7 @@ class Codec:
             means[places] = self.latents(density, filled(cell[places])[: len(density)])[: len(places)]
         return means
 
-    def _centred(self, crystal: Crystal) -> Crystal:
+    def centred(self, crystal: Crystal) -> Crystal:
         """The crystal; for a unit with its atoms in the middle of the cube, where `frames.placed` has them."""
         if self.model.grid.frame != "unit":
             return crystal

@@ -1,17 +1,12 @@
 "use strict";
 (() => {
   const { hasWebgl, tryRead, radius, formula, colour, makeViewer, draw } = Crystals;
-  const FRAME_MS = 450;
+  const { add, button, chooser, fileName, save, zip } = Page;
+  // Who wants less motion gets a slow animation that ends.
+  const [FRAME_MS, LOOPS] = Page.reducedMotion ? [1500, false] : [450, true];
   const data = JSON.parse(document.getElementById("data").textContent);
   const panes = [];
   let bonds = false; // one choice for all views
-
-  function add(parent, tag, className = "", text = "") {
-    const node = parent.appendChild(document.createElement(tag));
-    if (className) node.className = className;
-    if (text) node.textContent = text;
-    return node;
-  }
 
   function writeFormula(node, crystal) {
     node.replaceChildren();
@@ -21,12 +16,15 @@
     }
   }
 
-  function save(name, text) {
-    const link = document.createElement("a");
-    link.href = URL.createObjectURL(new Blob([text], { type: "chemical/x-cif" }));
-    link.download = (name.replace(/[^\w.-]+/g, "_").slice(0, 80) || "crystal") + ".cif";
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  /** A name for the file of a CIF, of its data block; without the ending. */
+  function stem(cif, role = "") {
+    const [, id] = /^data_(\S+)/m.exec(cif) || [];
+    return fileName([id || "crystal", role].filter(Boolean).join("-"));
+  }
+
+  /** A button that offers [stem, CIF] of all crystals of a section as an archive. */
+  function saveAll(bar, files) {
+    button(bar, "↓ all CIFs", () => save("crystals.zip", zip(files), "application/zip"), `${files.length} CIF files in a zip archive`);
   }
 
   // ---- one crystal ----------------------------------------------------------------------------------------------
@@ -40,11 +38,9 @@
       this.formula = add(header, "span", "formula");
       this.name = add(header, "span", "name");
       const buttons = add(header, "span", "buttons");
-      this.bonds = add(buttons, "button", "", "Bonds");
-      this.bonds.title = "Join atoms nearer than the sum of their covalent radii and 0.1 Å";
-      this.bonds.onclick = toggleBonds;
-      this.download = add(buttons, "button", "", "↓ CIF");
-      this.download.title = "Download this crystal as a CIF file";
+      const told = "Join atoms nearer than the sum of their covalent radii and 0.1 Å";
+      this.bonds = button(buttons, "Bonds", toggleBonds, told);
+      this.download = button(buttons, "↓ CIF", null, "Download this crystal as a CIF file");
       this.stage = add(card, "div", "stage");
       this.failure = add(this.stage, "div", "failure");
       const below = add(card, "div", "below");
@@ -60,9 +56,9 @@
     show({ cif, role = "", name = "", reason = "", scale = undefined }) {
       this.role.textContent = role;
       this.role.hidden = !role;
-      this.name.textContent = name;
+      this.name.textContent = this.name.title = name;
       this.download.hidden = cif === null;
-      this.download.onclick = () => save([name, role].filter(Boolean).join("-"), cif);
+      this.download.onclick = () => save(`${stem(cif, role)}.cif`, cif, "chemical/x-cif");
       for (const node of [this.formula, this.legend, this.facts, this.failure]) node.replaceChildren();
       const [crystal, error] = tryRead(cif);
       this.drawn = { crystal, scale };
@@ -107,26 +103,6 @@
 
   // ---- sections -------------------------------------------------------------------------------------------------
 
-  /** A drop-down list with a button on either side; `onChange` is told the index chosen, 0 at first. */
-  function chooser(bar, titles, onChange) {
-    const previous = add(bar, "button", "", "‹ Previous");
-    const select = add(bar, "select");
-    const next = add(bar, "button", "", "Next ›");
-    const count = add(bar, "span", "count");
-    select.setAttribute("aria-label", "Crystal");
-    titles.forEach((title, i) => { add(select, "option", "", title).value = i; });
-    const go = (i) => {
-      select.selectedIndex = (i + titles.length) % titles.length;
-      count.textContent = `${select.selectedIndex + 1} of ${titles.length}`;
-      onChange(select.selectedIndex);
-    };
-    select.onchange = () => go(select.selectedIndex);
-    previous.onclick = () => go(select.selectedIndex - 1);
-    next.onclick = () => go(select.selectedIndex + 1);
-    bar.hidden = titles.length < 2;
-    go(0);
-  }
-
   function pairs(section) {
     const [left, right] = [0, 1].map(() => new Pane(section.querySelector(".panes")));
     if (hasWebgl) {
@@ -134,13 +110,16 @@
       right.viewer.linkViewer(left.viewer);
     }
     const titles = data.pairs.map((pair) => pair.title + (pair.right === null ? " (failed)" : ""));
-    chooser(section.querySelector(".bar"), titles, (i) => {
+    const bar = section.querySelector(".bar");
+    chooser(bar, titles, (i) => {
       const pair = data.pairs[i];
       const shared = { name: pair.title, scale: radius(pair.left, pair.right) || undefined };
       left.show({ ...shared, cif: pair.left, role: pair.left_label });
       right.show({ ...shared, cif: pair.right, role: pair.right_label, reason: pair.note });
       section.querySelector(".note").textContent = pair.right === null ? "" : pair.note;
     });
+    const sides = data.pairs.flatMap((pair) => [[pair.left_label, pair.left], [pair.right_label, pair.right]]);
+    saveAll(bar, sides.filter(([, cif]) => cif !== null).map(([label, cif]) => [stem(cif, label), cif]));
   }
 
   function path(section) {
@@ -148,28 +127,33 @@
     const bar = section.querySelector(".bar");
     const frames = data.path;
     const scale = radius(...frames.map((frame) => frame.cif)) || undefined;
-    const play = add(bar, "button", "wide", "▶ Play");
-    const slider = add(bar, "input");
+    const play = button(bar, "▶ Play", () => run(!timer));
+    play.classList.add("wide");
+    const slider = Page.slider(bar, "Step of the interpolation", frames.length - 1, () => {
+      run(false);
+      show(Number(slider.value));
+    });
     const count = add(bar, "span", "count");
-    Object.assign(slider, { type: "range", min: 0, max: frames.length - 1, value: 0 });
-    slider.setAttribute("aria-label", "Step of the interpolation");
     const show = (i) => {
       slider.value = i;
       count.textContent = `${i + 1} of ${frames.length}`;
-      pane.show({ cif: frames[i].cif, name: frames[i].title, scale });
+      pane.show({ cif: frames[i].cif, name: frames[i].title, reason: frames[i].note, scale });
     };
     let timer = 0;
     const run = (on) => {
       clearInterval(timer);
-      timer = on ? setInterval(() => show((Number(slider.value) + 1) % frames.length), FRAME_MS) : 0;
+      timer = on ? setInterval(step, FRAME_MS) : 0;
       play.textContent = on ? "❚❚ Pause" : "▶ Play";
+      if (on && !LOOPS && Number(slider.value) === frames.length - 1) show(0);
     };
-    play.onclick = () => run(!timer);
-    slider.oninput = () => {
-      run(false);
-      show(Number(slider.value));
+    const step = () => {
+      show((Number(slider.value) + 1) % frames.length);
+      if (!LOOPS && Number(slider.value) === frames.length - 1) run(false);
     };
-    bar.hidden = frames.length < 2;
+    section.addEventListener("keydown", (event) => event.key === "Escape" && run(false));
+    document.addEventListener("visibilitychange", () => document.hidden && run(false));
+    for (const node of [play, slider, count]) node.hidden = frames.length < 2;
+    saveAll(bar, frames.filter((frame) => frame.cif !== null).map((frame) => [stem(frame.cif), frame.cif]));
     show(0);
   }
 
@@ -177,20 +161,23 @@
     const host = section.querySelector(".panes");
     const pane = new Pane(host);
     const grid = add(host, "div", "thumbs");
-    const buttons = data.samples.map(({ title, cif }, i) => {
-      const button = add(grid, "button", "thumb");
-      add(button, "img").alt = "";
-      const name = add(button, "b", "", "unreadable");
+    const thumbs = data.samples.map(({ title, cif }, i) => {
+      const thumb = button(grid, "", () => choose(i));
+      thumb.className = "thumb";
+      add(thumb, "img").alt = "";
+      const name = add(thumb, "b", "", cif === null ? "no crystal" : "unreadable");
       const [crystal] = tryRead(cif);
       if (crystal) writeFormula(name, crystal);
-      add(button, "span", "", title);
-      button.onclick = () => choose(i);
-      return button;
+      add(thumb, "span", "", title);
+      return thumb;
     });
     function choose(i) {
-      buttons.forEach((button, k) => button.setAttribute("aria-pressed", String(k === i)));
-      pane.show({ cif: data.samples[i].cif, name: data.samples[i].title });
+      thumbs.forEach((thumb, k) => thumb.setAttribute("aria-pressed", String(k === i)));
+      const { cif, title, note } = data.samples[i];
+      pane.show({ cif, name: title, reason: note });
     }
+    const written = data.samples.filter(({ cif }) => cif !== null).map(({ cif }) => [stem(cif), cif]);
+    saveAll(section.querySelector(".bar"), written);
     choose(0);
     if (hasWebgl) thumbnails(grid.querySelectorAll("img"));
   }
@@ -212,34 +199,12 @@
     next(0);
   }
 
-  // ---- tables ---------------------------------------------------------------------------------------------------
-
-  /** Below zero where cell x comes first; cells without a value stay last in both directions. */
-  function compare(x, y, direction) {
-    const [a, b] = [x, y].map((cell) => cell.dataset.v ?? cell.textContent);
-    if (!a || !b) return Boolean(b) - Boolean(a);
-    const difference = Number(a) - Number(b);
-    return direction * (Number.isNaN(difference) ? a.localeCompare(b, "en", { numeric: true }) : difference);
-  }
-
-  function sortable(table) {
-    const headers = [...table.tHead.rows[0].cells];
-    headers.forEach((header, column) => {
-      header.firstChild.onclick = () => {
-        const direction = header.getAttribute("aria-sort") === "ascending" ? -1 : 1;
-        headers.forEach((other) => other.removeAttribute("aria-sort"));
-        header.setAttribute("aria-sort", direction > 0 ? "ascending" : "descending");
-        const rows = [...table.tBodies[0].rows];
-        rows.sort((p, q) => compare(p.cells[column], q.cells[column], direction));
-        table.tBodies[0].append(...rows);
-      };
-    });
-  }
-
   // ---- start ----------------------------------------------------------------------------------------------------
 
-  document.querySelectorAll("table").forEach(sortable);
-  const builders = { pairs, path, samples };
+  document.querySelectorAll("#tables article").forEach(Tables.build);
+  const densities = (section) => Slices.build(section, data.densities);
+  const charts = (section) => Charts.build(section, data.charts);
+  const builders = { charts, pairs, densities, path, samples };
   for (const section of document.querySelectorAll("main > section")) {
     const build = builders[section.id];
     section.hidden = build ? !data[section.id].length : !section.querySelector("article, figure");
@@ -247,7 +212,7 @@
     if (build) build(section);
     add(document.getElementById("nav"), "a", "", section.dataset.nav).href = `#${section.id}`;
   }
-  const drawn = Object.keys(builders).some((id) => data[id].length);
+  const drawn = ["pairs", "path", "samples"].some((id) => data[id].length);
   document.getElementById("no-webgl").hidden = hasWebgl || !drawn;
   document.documentElement.dataset.ready = "true";
 })();

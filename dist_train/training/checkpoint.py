@@ -153,12 +153,12 @@ class Checkpoints:
     def _remove_old(self, newest: Path) -> None:
         """Keep the last ones up to the newest, and the best of them all."""
         until = [folder for folder in self.committed() if folder.name <= newest.name]
-        kept = {*until[-self.config.train.keep_checkpoints :], *([best] if (best := self._best(until)) else [])}
+        kept = {*until[-self.config.train.keep_checkpoints :], *([best] if (best := self.best(until)) else [])}
         # A later checkpoint was found damaged when this run resumed before it; it must not crowd out whole ones.
         for folder in set(self.committed()) - kept:
             shutil.rmtree(folder)
 
-    def _best(self, folders: list[Path]) -> Path | None:
+    def best(self, folders: list[Path]) -> Path | None:
         """The one with the lowest validation loss, of those that were taken at a validated step."""
         losses = {}
         for folder in folders:

@@ -63,6 +63,17 @@ def read_spool(path: Path) -> Iterator[dict[str, Any]]:
     return (record for record, _ in read_on(path, 0))
 
 
+def read_series(path: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """Steps and values of every metric in a spool, by name."""
+    series: dict[str, tuple[list[int], list[float]]] = {}
+    for record in read_spool(path):
+        for name, value in record["metrics"].items():
+            steps, values = series.setdefault(name, ([], []))
+            steps.append(record["step"])
+            values.append(value)
+    return series
+
+
 def read_on(path: Path, offset: int) -> Iterator[tuple[dict[str, Any], int]]:
     """The records from a byte offset on, each with the offset after it; a line that is still being written is left."""
     if path.exists():

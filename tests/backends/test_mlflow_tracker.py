@@ -77,7 +77,7 @@ def test_run_holds_parameters_config_digest_system_metrics_and_pictures(tracked:
     assert any(name.startswith("system/") for name in run.data.metrics)
     assert "val/composition_exact" in run.data.metrics
     files = {f.path for folder in ("", "figures") for f in client(tracked).list_artifacts(run.info.run_id, folder)}
-    assert {"run.yaml", "figures/slices.png", "figures/loss_curves.png"} <= files
+    assert {"run.yaml", "report.html", "figures/slices.png", "figures/loss_curves.png"} <= files
 
 
 def test_pulled_bundle_is_the_trained_one(tracked: RunConfig, tmp_path: Path) -> None:
