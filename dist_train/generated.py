@@ -16,15 +16,15 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from dist_train.crystal.cif import parse_cif, write_cif
+from dist_train.crystal.cif import parse_cif, write_cif, write_symmetric_cif
 from dist_train.crystal.decode import Decoded
 from dist_train.crystal.extxyz import to_extxyz
-from dist_train.crystal.interop import density_g_cm3, symmetric_cif
+from dist_train.crystal.interop import density_g_cm3
 from dist_train.crystal.metrics import possible
 from dist_train.crystal.parallel import parallel_map
 from dist_train.crystal.relax import Calculator, Relaxed, relax
 from dist_train.crystal.structure import Crystal
-from dist_train.crystal.symmetry import EXACT_A, TOLERANCE_A, SpaceGroup, snapped, space_group
+from dist_train.crystal.symmetry import EXACT_A, TOLERANCE_A, SpaceGroup, conventional, snapped, space_group
 from dist_train.errors import CrystalError, kind_of
 from dist_train.files import atomic_path, write_text
 from dist_train.progress import Stages
@@ -156,11 +156,10 @@ def _describe(result: Result, tolerance_A: float) -> Result:
     if result.snapped and not result.relaxed:
         tolerance_A = EXACT_A
     symmetric = None
-    with suppress(CrystalError):
-        # Not at the tolerance itself: pymatgen might find more symmetry in what it snapped than it snapped it to.
-        if exact := snapped(crystal, tolerance_A):
-            text = symmetric_cif(exact, EXACT_A)
-            if parse_cif(text, crystal.id, 10 * len(crystal)).formula == crystal.formula:
+    if setting := conventional(crystal, tolerance_A):
+        text = write_symmetric_cif(setting)
+        with suppress(CrystalError):  # the operations, where rounded coordinates make them give another number of atoms
+            if len(parse_cif(text, crystal.id, len(setting.crystal))) == len(setting.crystal):
                 symmetric = text
     return replace(result, group=space_group(crystal, tolerance_A), nearest_A=nearest_A(crystal), symmetric=symmetric)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +28,7 @@ from dist_train.crystal.inputs import read_text
 from dist_train.crystal.interop import accept, checked_fractions, checked_lattice, one_line, right_handed
 from dist_train.crystal.lattice import FloatArray
 from dist_train.crystal.structure import Crystal, wrap
+from dist_train.crystal.symmetry import Setting, SpaceGroup
 from dist_train.errors import CrystalError
 
 MAX_BLOCKS = 1000  # gemmi compares the name of each with those of all others
@@ -297,20 +299,29 @@ def write_cif(crystal: Crystal) -> str:
 
     Atoms keep their order and are labelled by element: 'Ba1', 'O1', 'O2'. Takes crystals that pass `Crystal.checked`.
     """
-    crystal = right_handed(crystal)
+    everything = np.arange(len(crystal))
+    return _cif(right_handed(crystal), SpaceGroup(1, "P 1"), ("x, y, z",), everything)
+
+
+def write_symmetric_cif(setting: Setting) -> str:
+    """CIF text of a conventional cell: the operations of its space group, and one atom of each set of equivalent ones."""
+    return _cif(setting.crystal, setting.group, setting.operations, setting.sites)
+
+
+def _cif(crystal: Crystal, group: SpaceGroup, operations: Sequence[str], sites: NDArray[np.int64]) -> str:
     parameters = [f"{name} {value:.8f}" for name, value in zip(_CELL, crystal.lengths_angles, strict=True)]
     counts: dict[int, int] = {}
     rows = []
-    for z, (x, y, w) in zip(crystal.numbers_N.tolist(), wrap(np.round(crystal.frac_N3, 8)), strict=True):
+    for z, (x, y, w) in zip(crystal.numbers_N[sites].tolist(), wrap(np.round(crystal.frac_N3[sites], 8)), strict=True):
         counts[z] = counts.get(z, 0) + 1
         rows.append(f"{SYMBOLS[z]} {SYMBOLS[z]}{counts[z]} {x:.8f} {y:.8f} {w:.8f} 1")
     formula = " ".join(f"{SYMBOLS[z]}{count}" for z, count in crystal.composition.items())
     columns = ["_atom_site_type_symbol", "_atom_site_label", *_FRACTIONS, "_atom_site_occupancy"]
     lines = [
         f"data_{re.sub(r'[^A-Za-z0-9._+-]', '_', crystal.id)[:70] or 'crystal'}",
-        *("_symmetry_space_group_name_H-M 'P 1'", "_symmetry_Int_Tables_number 1", *parameters),
+        *(f"_symmetry_space_group_name_H-M '{group.symbol}'", f"_symmetry_Int_Tables_number {group.number}", *parameters),
         f"_chemical_formula_sum '{formula}'",
-        *("loop_", "_symmetry_equiv_pos_as_xyz", "'x, y, z'"),
+        *("loop_", "_symmetry_equiv_pos_as_xyz", *(f"'{operation}'" for operation in operations)),
         *("loop_", *columns, *rows),
     ]
     return "\n".join(lines) + "\n"

@@ -194,18 +194,6 @@ def to_extxyz(crystal: Crystal, info: dict[str, str]) -> str:
     return text.getvalue()
 
 
-def symmetric_cif(crystal: Crystal, tolerance_A: float) -> str:
-    """CIF text of the conventional cell with the symmetry that the crystal has within `tolerance_A`: sites and operations.
-
-    As pymatgen writes it, atoms snapped to the symmetry. Raises CrystalError where it finds none.
-    """
-    structure = to_pymatgen(crystal)
-    with _library("pymatgen", crystal.id):
-        from pymatgen.io.cif import CifWriter
-
-        return str(CifWriter(structure, symprec=tolerance_A))
-
-
 def match_rms(predicted: Crystal, true: Crystal) -> float | None:
     """RMS displacement of matched atoms over (volume per atom)^(1/3), or None where the crystals don't match.
 

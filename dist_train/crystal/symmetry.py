@@ -6,9 +6,12 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any, NamedTuple
 
+import numpy as np
 import spglib
+from numpy.typing import NDArray
 
 from dist_train.crystal.structure import Crystal
 
@@ -59,6 +62,46 @@ def snapped(crystal: Crystal, tolerance_A: float) -> Crystal | None:
         return None
     made = replace(crystal, lattice_A=found[0], frac_N3=found[1], numbers_N=found[2])
     return made if made.formula == crystal.formula and space_group(made, EXACT_A) == group else None
+
+
+class Setting(NamedTuple):
+    """A crystal in its conventional cell, exactly in its symmetry.
+
+    operations: of the space group in that cell, centrings included, as CIF writes them: '-x, y+1/2, z', the identity first;
+    sites: of the atoms, one of each set that the operations make of one another.
+    """
+
+    crystal: Crystal
+    group: SpaceGroup
+    operations: tuple[str, ...]
+    sites: NDArray[np.int64]
+
+
+def conventional(crystal: Crystal, tolerance_A: float = TOLERANCE_A) -> Setting | None:
+    """The crystal in spglib's standardised conventional cell, in the very symmetry that it has within `tolerance_A`.
+
+    None where spglib makes none, or one of another space group or formula.
+    """
+    group = space_group(crystal, tolerance_A)
+    found = _asked(spglib.standardize_cell, crystal, to_primitive=False, no_idealize=False, symprec=tolerance_A)
+    if group is None or found is None:
+        return None
+    made = replace(crystal, lattice_A=found[0], frac_N3=found[1], numbers_N=found[2])
+    exact = _asked(spglib.get_symmetry_dataset, made, symprec=EXACT_A)
+    if exact is None or exact.number != group.number or made.formula != crystal.formula:
+        return None
+    operations = tuple(map(_operation, exact.rotations.tolist(), exact.translations.tolist()))
+    return Setting(made, group, operations, np.unique(exact.equivalent_atoms))
+
+
+def _operation(rotation: list[list[int]], translation: list[float]) -> str:
+    """A symmetry operation as CIF writes it."""
+    parts = []
+    for row, shift in zip(rotation, translation, strict=True):
+        text = "".join(f"{'-' if factor < 0 else '+'}{axis}" for factor, axis in zip(row, "xyz", strict=True) if factor)
+        fraction = Fraction(shift).limit_denominator(24) % 1
+        parts.append(text.removeprefix("+") + (f"+{fraction}" if fraction else ""))
+    return ", ".join(parts)
 
 
 def _asked(function: Callable[..., Any], crystal: Crystal, **options: Any) -> Any:

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pymatgen.io.cif import CifParser
 
+from dist_train.crystal.cif import parse_cif, write_symmetric_cif
 from dist_train.crystal.digest import TOLERANCE_A, digest, digests_near, invariants
-from dist_train.crystal.interop import match_rms
+from dist_train.crystal.interop import match_rms, primitive_niggli
 from dist_train.crystal.lattice import periodic_distances
 from dist_train.crystal.moved import moved
 from dist_train.crystal.parquet import read_parquet_rows
 from dist_train.crystal.structure import Crystal
-from dist_train.crystal.symmetry import crystal_system
+from dist_train.crystal.symmetry import conventional, crystal_system, space_group
 
 SampleTable = Callable[[str], list[Crystal]]
 SITES = np.array([[0, 0, 0], [0.5, 0.5, 0.5], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]])
@@ -143,3 +145,18 @@ def test_systems_of_other_lattices() -> None:
     hexagonal = np.array([[3.2, 0, 0], [-1.6, 1.6 * 3**0.5, 0], [0, 0, 5.2]])
     magnesium = Crystal("Mg", hexagonal, np.array([[1 / 3, 2 / 3, 0.25], [2 / 3, 1 / 3, 0.75]]), np.array([12, 12]))
     assert crystal_system(magnesium) == "hexagonal"
+
+
+def test_a_cif_with_symmetry_holds_the_crystal(sample_table: SampleTable) -> None:
+    """Read by pymatgen, too: as many atoms as in the conventional cell, in the space group, and the same crystal."""
+    groups = set()
+    for crystal in sample_table("materials_project")[::20]:
+        setting = conventional(crystal)
+        assert setting
+        text = write_symmetric_cif(setting)
+        back, other = parse_cif(text, crystal.id, 1000), CifParser.from_str(text).parse_structures(primitive=False)[0]
+        assert len(back) == len(other) == len(setting.crystal)
+        assert space_group(back, 0.01) == setting.group == space_group(crystal)
+        assert match_rms(*(primitive_niggli(one) for one in (back, crystal))) == pytest.approx(0.0, abs=0.05)
+        groups.add(setting.group)
+    assert len(groups) > 15
