@@ -22,6 +22,8 @@ LAYERS = (
     (
         "training",
         "generate",
+        "embed",
+        "latents",
         "serving",
         "model_card",
         "evaluate",
@@ -44,7 +46,7 @@ LAYERS = (
 """From the ground up; a module imports only from its own layer or from below it."""
 
 ENGINES = {
-    "ray": "backends/ray_voxelize.py backends/ray_data.py",
+    "ray": "backends/ray_voxelize.py backends/ray_data.py backends/ray_embed.py",
     "deepspeed": "backends/deepspeed_engine.py",
     "mlflow": "backends/mlflow_tracker.py backends/mlflow_registry.py backends/mlflow_model.py",
     "pymatgen": "crystal/interop.py",
