@@ -443,8 +443,8 @@ def _generate(options: argparse.Namespace) -> str:
 def _add_embed(verbs: Verbs) -> None:
     parser = _verb(
         verbs, "embed", "latents of many crystals, with what the model decodes them to, as Parquet tables, on Ray",
-        "Writes OUTPUT/part-XXXXX.parquet, one row for each crystal in their order (a failed one with the reason in its "
-        "column error), and OUTPUT/embed.json. The same command goes on where it was stopped; finished parts are left alone.",
+        "Writes part-XXXXX.parquet, a row for each crystal in their order (a failed one with a reason in its column error), "
+        "and embed.json to --output. The same command goes on where it was stopped and leaves finished parts alone.",
     )  # fmt: skip
     _model_options(parser)
     parser.add_argument(
@@ -474,8 +474,8 @@ def _embed(options: argparse.Namespace) -> str:
 def _add_nearest(verbs: Verbs) -> None:
     parser = _verb(
         verbs, "nearest", "the crystals of dist-train embed's tables that a model's latents put nearest to a CIF",
-        "Distances are Euclidean between latents; 1 is that of two training crystals on average. Digests tell which of them are "
-        "the very same crystal, in whatever cell.",
+        "Distances are Euclidean between latents; 1 is that of two training crystals on average. Digests tell which of them "
+        "are the very same crystal, in whatever cell.",
     )  # fmt: skip
     parser.add_argument("crystals", nargs="+", metavar="CIF", help="CIF files, or whatever else holds crystals")
     parser.add_argument("--in", dest="latents", type=Path, required=True, metavar="DIR", help="output of dist-train embed")

@@ -74,7 +74,7 @@ class Embedder:
 
     def __init__(self, codec: Codec, folder: Path, about: About) -> None:
         self.codec, self.folder, self.about = codec, folder, about
-        self.schema = schema_of(about.latent, about.decoded)
+        self.schema = schema_of(about.decoded)
 
     def __call__(self, part: Part) -> int:
         """Write the part; returns its number of rows."""

@@ -63,18 +63,19 @@ class About:
         return hashlib.sha256(json.dumps([getattr(self, name) for name in DECIDING]).encode()).hexdigest()
 
 
-def schema_of(latent: int, decoded: bool) -> pa.Schema:
-    """Columns of a table of latents of so many numbers.
+def schema_of(decoded: bool) -> pa.Schema:
+    """Columns of a table of latents, with those of the decoded crystals.
 
     id; input, file, row: as given, in it, and the row of a table or the place in a file of several; formula (reduced) and
-    n_atoms of the cell that the grid takes; digest: see `crystal.digest`; latent: posterior mean. decoded_*, match, rms,
+    n_atoms of the cell that the grid takes; digest: see `crystal.digest`; latent: posterior mean, all of one
+    length (no fixed-size list: pyarrow 25 can't read one back with rows that have none). decoded_*, match, rms,
     valid: the decoded crystal against the true one (see `crystal.metrics.PairMetrics`); confidence: mean share of votes of
     its atoms. error: None, or stage and reason: 'parse' and 'grid' have no latent, 'decode' has one.
     """
     columns = [
         ("id", pa.string()), ("input", pa.string()), ("file", pa.string()), ("row", pa.int64()),
         ("formula", pa.string()), ("n_atoms", pa.int32()), ("digest", pa.uint64()),
-        ("latent", pa.list_(pa.float32(), latent)),
+        ("latent", pa.list_(pa.float32())),
     ]  # fmt: skip
     checks = [
         ("decoded_formula", pa.string()), ("decoded_n_atoms", pa.int32()), ("match", pa.bool_()), ("rms", pa.float64()),

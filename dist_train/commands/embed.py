@@ -92,7 +92,7 @@ def _planned(options: EmbedOptions) -> tuple[About, list[Part]]:
         latent, bundle_sha256 = read_bundle(bundle)[0].model.latent_size, sha256(bundle / SUMS_NAME)
     found = discover(options.input)
     parts = plan_parts(found, options.part_rows)
-    columns = {field.name: str(field.type) for field in schema_of(latent, options.decode)}
+    columns = {field.name: str(field.type) for field in schema_of(options.decode)}
     return About(
         options.model, resolved, bundle_sha256, latent, options.decode, options.batch, options.part_rows,
         tuple(options.input), input_digest(found), sum(map(len, parts)), len(parts), columns,
