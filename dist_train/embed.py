@@ -7,6 +7,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,10 @@ class Part:
     def __len__(self) -> int:
         """Files, archive members and table rows."""
         return len(self.refused) + sum(map(len, self.chunks))
+
+    def __str__(self) -> str:
+        places = dict.fromkeys([*(file for _, file, _ in self.refused), *(chunk.place for chunk in self.chunks)])
+        return f"part {self.number} ({len(self)} rows of {', '.join(islice(places, 3))}{', ...' if len(places) > 3 else ''})"
 
 
 def plan_parts(found: Found, size: int) -> list[Part]:

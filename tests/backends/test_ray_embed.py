@@ -21,21 +21,10 @@ MODEL = str(ROOT / "data" / "models" / "perov_5")
 ROWS, PART_ROWS = 480, 16
 
 SCENARIOS = """
-import os, sys, time
-from functools import partial
+import os
 import ray
 from dist_train.backends.ray_embed import on_ray
 from dist_train.errors import DistTrainError, ModelError
-
-def prepare(marker):
-    made = os.getpid()
-    def work(part):
-        if part == 2 and not os.path.exists(marker):
-            open(marker, "w").close()
-            os.kill(made, 9)
-        time.sleep(0.05)
-        return made
-    return work
 
 def poisoned():
     return lambda part: os.kill(os.getpid(), 9) if part == 2 else os.getpid()
@@ -50,10 +39,10 @@ context = ray.init(address="local", num_cpus=2, include_dashboard=False, logging
 os.environ["RAY_ADDRESS"] = context.address_info["gcs_address"]
 ray.shutdown = lambda: None  # the cluster is for all of them
 ray.init = lambda **_: None
-for name, work in ("once", partial(prepare, sys.argv[1])), ("poisoned", poisoned), ("broken", broken), ("dying", dying):
+for name, work in ("poisoned", poisoned), ("broken", broken), ("dying", dying):
     done = {}
     try:
-        done.update(on_ray(work, [*range(20)], 2, None))
+        done.update(on_ray(work, [*range(8)], 2, None))
     except DistTrainError as error:
         print(name, type(error).__name__, error)
     print(name, len(done), len(set(done.values())))
@@ -132,19 +121,16 @@ def test_a_killed_job_goes_on_where_it_was(inputs: Path, alone: Path, tmp_path: 
     assert contents(out) == contents(alone)
 
 
-def test_lost_actors_are_replaced_and_what_ends_them_again_and_again_is_told(tmp_path: Path) -> None:
+def test_what_ends_actors_again_and_again_is_told() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", SCENARIOS, str(tmp_path / "marker")], capture_output=True, text=True, timeout=LIMIT_S,
+        [sys.executable, "-c", SCENARIOS], capture_output=True, text=True, timeout=LIMIT_S,
         env=os.environ | ISOLATED,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    told = [line for line in done.stdout.splitlines() if line.startswith(("once", "poisoned", "broken", "dying"))]
-    once, poisoned, before, broken, _, dying, none = told
-    assert once in ("once 20 3", "once 20 2"), (
-        "all parts, by two actors and the one that replaced another, if it was in time"
-    )
+    told = [line for line in done.stdout.splitlines() if line.startswith(("poisoned", "broken", "dying"))]
+    poisoned, before, broken, _, dying, none = told
     assert poisoned.startswith("poisoned DistTrainError the actor of 2 was lost 3 times"), poisoned
-    assert before.startswith("poisoned 0 ")
+    assert 1 <= int(before.split()[1]) <= 7, "the other parts, which come before it is tried again"
     assert broken == "broken ModelError no such model"
     assert dying.startswith("dying DistTrainError an actor before it was ready was lost 3 times"), dying
     assert none == "dying 0 0"
