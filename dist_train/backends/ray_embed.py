@@ -6,13 +6,12 @@ so parts must be such that can be done again.
 
 from __future__ import annotations
 
-import errno
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from dist_train.backends.ray_voxelize import FULL, Cluster
+from dist_train.backends.ray_voxelize import Cluster
 from dist_train.config import DataConfig
 from dist_train.errors import DistTrainError
 
@@ -86,9 +85,7 @@ def on_ray(
 def _cause(error: Exception) -> Exception:
     """An actor's error as the user should see it."""
     cause = getattr(error, "cause", None)
-    if isinstance(cause, OSError) and cause.errno in FULL:
-        return DistTrainError(f"{os.strerror(cause.errno or errno.ENOSPC)}; free space and run the same command again")
-    return cause if isinstance(cause, DistTrainError) else error
+    return cause if isinstance(cause, DistTrainError | OSError) else error
 
 
 def _lost(part: object, error: Exception) -> DistTrainError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +41,7 @@ from dist_train.progress import Progress
 from dist_train.shards.discover import discover
 
 LISTED_REASONS = 12
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,20 @@ class EmbedOptions:
 def embed(options: EmbedOptions) -> str:
     """Write the latents of all inputs to `options.output`, of which finished parts are kept; returns a summary.
 
-    Raises DataError where the folder holds another job's, and the error of the first fault of model, inputs or workers.
+    Raises DataError where the folder holds another job's or the disk is full, and the error of the first fault of model,
+    inputs or workers.
     """
-    folder = options.output.absolute()
+    try:
+        return _embed(options, options.output.absolute())
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise DataError(
+            f"the disk of {options.output} is full; free space and run the same command again: it goes on from there"
+        ) from None
+
+
+def _embed(options: EmbedOptions, folder: Path) -> str:
     about, parts = _planned(options)
     about = _opened(folder, about)
     counts = {part.number: counts_of(folder, part.number, about.identity) for part in parts}

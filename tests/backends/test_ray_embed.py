@@ -11,9 +11,10 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from processes import ISOLATED, LIMIT_S, commands, contents, kill_session, started, wait_until
+from processes import ISOLATED, LIMIT_S, commands, contents, kill_session, small_disk, started, wait_until
 
 from dist_train.commands.embed import EmbedOptions, embed
+from dist_train.errors import DataError
 from dist_train.latents import ABOUT_NAME
 
 ROOT = Path(__file__).parents[2]
@@ -134,3 +135,16 @@ def test_what_ends_actors_again_and_again_is_told() -> None:
     assert broken == "broken ModelError no such model"
     assert dying.startswith("dying DistTrainError an actor before it was ready was lost 3 times"), dying
     assert none == "dying 0 0"
+
+
+def test_a_full_disk_is_told_and_the_job_goes_on_when_there_is_room(inputs: Path, alone: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path, "100k") as disk:
+        out = disk / "latents"
+        options = EmbedOptions(MODEL, None, [str(inputs)], out, workers=0, decode=False, part_rows=PART_ROWS)
+        with pytest.raises(DataError, match=f"the disk of {out} is full; free space and run the same command again"):
+            embed(options)
+        before = parts(out)
+        assert 0 < len(before) < len(parts(alone)) and not list(out.glob(".*.tmp"))
+        subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True, timeout=30)
+        embed(options)
+        assert contents(out) == contents(alone)
