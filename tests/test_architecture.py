@@ -116,7 +116,9 @@ def test_what_a_ray_worker_imports_holds_no_torch() -> None:
 
 
 def test_generating_needs_neither_ray_nor_deepspeed_nor_mlflow() -> None:
-    loaded = loaded_after("import dist_train.generate, dist_train.commands.models, dist_train.commands.training")
+    loaded = loaded_after(
+        "import dist_train.generate, dist_train.commands.models, dist_train.commands.training, dist_train.commands.embed"
+    )
     assert not loaded & {"ray", "deepspeed", "mlflow"}
 
 
