@@ -74,6 +74,8 @@ def make_parser() -> argparse.ArgumentParser:
     _add_release(verbs)
     _add_evaluate(verbs)
     _add_generate(verbs)
+    _add_embed(verbs)
+    _add_nearest(verbs)
     _add_score(verbs)
     _add_bench(verbs)
     return parser
@@ -538,6 +540,60 @@ def _generate(options: argparse.Namespace) -> str:
     from dist_train.commands.generation import GenerateOptions, generate, summary
 
     return summary(generate(GenerateOptions(**{name: value for name, value in vars(options).items() if name != "run"})))
+
+
+def _add_embed(verbs: Verbs) -> None:
+    parser = _verb(
+        verbs, "embed", "latents of many crystals, with what the model decodes them to, as Parquet tables, on Ray",
+        "Writes part-XXXXX.parquet, a row for each crystal in their order (a failed one with a reason in its column error), "
+        "and embed.json to --output. The same command goes on where it was stopped and leaves finished parts alone.",
+    )  # fmt: skip
+    _model_options(parser)
+    parser.add_argument(
+        "--input", nargs="+", required=True, help="CIF files, folders, archives, Parquet tables, folders of shards, or URLs"
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="output folder, seen by every worker")
+    parser.add_argument(
+        "--workers", type=_count, help="Ray workers, a CPU each; 0 works in this process without Ray; without it, all CPUs"
+    )
+    parser.add_argument("--address", help="running Ray cluster to join, 'auto' finds it; without it RAY_ADDRESS, or none")
+    parser.add_argument(
+        "--no-decode", dest="decode", action="store_false", help="latents alone: no decoded crystals, no checks; much faster"
+    )
+    parser.add_argument("--batch", type=_positive, default=32, help="crystals that the networks take at a time")
+    parser.add_argument(
+        "--part-rows", type=_positive, default=256, metavar="ROWS", help="files and rows of a part, a worker's unit of work"
+    )
+    parser.set_defaults(run=_embed)
+
+
+def _embed(options: argparse.Namespace) -> str:
+    from dist_train.commands.embed import EmbedOptions, embed
+
+    return embed(EmbedOptions(**{name: value for name, value in vars(options).items() if name != "run"}))
+
+
+def _add_nearest(verbs: Verbs) -> None:
+    parser = _verb(
+        verbs, "nearest", "the crystals of dist-train embed's tables that a model's latents put nearest to a CIF",
+        "Distances are Euclidean between latents; 1 is that of two training crystals on average. Digests tell which of them "
+        "are the very same crystal, in whatever cell.",
+    )  # fmt: skip
+    parser.add_argument("crystals", nargs="+", metavar="CIF", help="CIF files, or whatever else holds crystals")
+    parser.add_argument("--in", dest="latents", type=Path, required=True, metavar="DIR", help="output of dist-train embed")
+    _model_options(parser)
+    parser.add_argument("-k", type=_positive, default=5, help="crystals to name")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="also write nearest.json and nearest.csv there")
+    parser.set_defaults(run=_nearest)
+
+
+def _nearest(options: argparse.Namespace) -> str:
+    from dist_train.commands.embed import nearest_crystals
+
+    return nearest_crystals(
+        options.crystals, options.latents, options.model, options.tracking_uri, options.k, options.json, options.out
+    )
 
 
 def _add_score(verbs: Verbs) -> None:

@@ -24,6 +24,8 @@ LAYERS = (
         "generate",
         "generated",
         "screens",
+        "embed",
+        "latents",
         "serving",
         "model_card",
         "evaluate",
@@ -49,7 +51,7 @@ LAYERS = (
 """From the ground up; a module imports only from its own layer or from below it."""
 
 ENGINES = {
-    "ray": "backends/ray_voxelize.py backends/ray_data.py",
+    "ray": "backends/ray_voxelize.py backends/ray_data.py backends/ray_embed.py",
     "deepspeed": "backends/deepspeed_engine.py",
     "mlflow": "backends/mlflow_tracker.py backends/mlflow_registry.py backends/mlflow_model.py",
     "pymatgen": "crystal/interop.py",
@@ -119,7 +121,9 @@ def test_what_a_ray_worker_imports_holds_no_torch() -> None:
 
 
 def test_generating_needs_neither_ray_nor_deepspeed_nor_mlflow() -> None:
-    loaded = loaded_after("import dist_train.generate, dist_train.commands.generation, dist_train.commands.training")
+    loaded = loaded_after(
+        "import dist_train.generate, dist_train.commands.generation, dist_train.commands.training, dist_train.commands.embed"
+    )
     assert not loaded & {"ray", "deepspeed", "mlflow"}
 
 

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "data" / "sample"
 VERBS = (
     "demo", "config", "voxelize", "verify", "inspect", "train", "launch", "register", "registry", "evaluate",
-    "generate", "score", "bench",
+    "generate", "embed", "nearest", "score", "bench",
 )  # fmt: skip
 LIMIT_S = 60
 TRAINING_CRYSTALS = 8

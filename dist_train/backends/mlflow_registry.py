@@ -117,6 +117,12 @@ class Registry:
         return before
 
 
+def pinned(uri: str, model: str) -> str:
+    """'models:/NAME/VERSION' of what 'models:/NAME@ALIAS' is now. Raises ModelError as `pull` does."""
+    name, _, which = model.removeprefix("models:/").replace("@", "/").partition("/")
+    return f"models:/{name}/{Registry(uri, name).version(which).number}"
+
+
 def pull(uri: str, model: str, folder: Path) -> Path:
     """Fetch the bundle of 'models:/NAME@ALIAS' or 'models:/NAME/VERSION' into a folder; returns the bundle's folder.
 
@@ -124,10 +130,9 @@ def pull(uri: str, model: str, folder: Path) -> Path:
     """
     import mlflow
 
-    name, _, which = model.removeprefix("models:/").replace("@", "/").partition("/")
-    number = Registry(uri, name).version(which).number
+    version = pinned(uri, model)
     with _told(uri):
-        where = mlflow.artifacts.download_artifacts(f"models:/{name}/{number}", dst_path=str(folder))
+        where = mlflow.artifacts.download_artifacts(version, dst_path=str(folder))
     bundle = Path(where) / "artifacts" / "bundle"
     check_sums(bundle)
     return bundle

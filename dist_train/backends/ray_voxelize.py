@@ -279,7 +279,8 @@ class Cluster:
 
             ray.shutdown()
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Join or start it. Raises DistTrainError where none answers, or none of its nodes has room for a task."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         import ray
@@ -320,7 +321,7 @@ class Cluster:
         if not arguments:
             return []
         if not self.in_flight:
-            self._start()
+            self.start()
         import ray
 
         memory = {"memory": self.data.memory_per_task_MB * 10**6} if self.data.memory_per_task_MB else {}

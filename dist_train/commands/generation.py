@@ -17,7 +17,7 @@ from torch import Tensor
 from dist_train import __version__
 from dist_train.commands.models import bundle_folder, file_names, read_crystals
 from dist_train.crystal.alter import make_edit
-from dist_train.crystal.case import check_elements
+from dist_train.crystal.case import unknown_elements
 from dist_train.crystal.decode import Decoded
 from dist_train.crystal.density_files import channel_names, in_box, to_chgcar, to_cube
 from dist_train.crystal.frames import representable
@@ -239,7 +239,8 @@ _TASKS = {"sample": _sample, "reconstruct": _reconstruct, "interpolate": _interp
 def _held(crystal: Crystal, codec: Codec) -> Crystal:
     """The crystal as the model takes it. Raises CrystalError where its grid can't hold it, or it doesn't know an element."""
     held = representable(crystal, codec.model.grid)
-    check_elements(held, codec.model.elements)
+    if refusal := unknown_elements(held, codec.model.elements):
+        raise CrystalError(f"{held.id}: {refusal}")
     return held
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,18 +43,17 @@ def make_case(crystal: Crystal, spec: GridSpec, elements: tuple[int, ...], move:
     refusal = ""
     try:
         crystal = representable(crystal, spec)
-        check_elements(crystal, elements)
+        refusal = unknown_elements(crystal, elements)
     except CrystalError as error:
         refusal = str(error).removeprefix(f"{crystal.id}: ")
     system = crystal_system(crystal) if len(crystal) <= SYMMETRY_ATOMS else UNKNOWN
     return Case(crystal, refusal, system, digests_near(crystal))
 
 
-def check_elements(crystal: Crystal, elements: Sequence[int]) -> None:
-    """Raise CrystalError for a crystal with other elements than those that a model was trained on."""
-    if unknown := sorted(set(crystal.composition) - set(elements)):
-        told = f"elements {[SYMBOLS[z] for z in unknown]} in none of the crystals that the model was trained on"
-        raise CrystalError(f"{crystal.id}: {told}")
+def unknown_elements(crystal: Crystal, elements: tuple[int, ...]) -> str:
+    """Why a model of these elements can't take the crystal, or ''."""
+    unknown = [SYMBOLS[z] for z in sorted(set(crystal.composition) - set(elements))]
+    return f"elements {unknown} in none of the crystals that the model was trained on" if unknown else ""
 
 
 def in_grid(crystal: Crystal, spec: GridSpec) -> Crystal:

@@ -96,7 +96,7 @@ def scan_chunk(part: int, chunk: Chunk, work: Path, data: DataConfig, grid: Grid
     rows: list[tuple[Any, ...]] = []
     rejected: list[tuple[str, ...]] = []
     with atomic_path(part_path(work, part), scratch=work) as temporary, temporary.open("wb") as stream:
-        for kind, *values in _messages(chunk, data, grid):
+        for kind, *values in messages(chunk, data, grid):
             if kind == "rejected":
                 id, file, stage, reason = values
                 rejected.append((id, chunk.input, file, stage, reason))
@@ -120,8 +120,12 @@ def read_part(work: Path, row: Row) -> Crystal:
 # The parent's side
 
 
-def _messages(chunk: Chunk, data: DataConfig, grid: GridSpec) -> Iterator[list[Any]]:
-    """['taken', ..., line of JSON] or ['rejected', ...] of every crystal, whatever happens to the children."""
+def messages(chunk: Chunk, data: DataConfig, grid: GridSpec) -> Iterator[list[Any]]:
+    """Of every crystal, in order, whatever happens to the children.
+
+    ['taken', id, file, formula, atoms, volume, shape, split, line of JSON (bytes) as the grid will hold it], or
+    ['rejected', id, file, stage, reason]. A table's row gives one message, a file one for each crystal in it.
+    """
     first, deaths = 0, 0
     while first < len(chunk):
         number, id, file = first - 1, chunk.name(first), chunk.place

@@ -12,7 +12,7 @@ import os
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from io import BufferedReader, BytesIO
 from pathlib import Path, PurePosixPath
@@ -54,6 +54,12 @@ class Chunk:
 
     def __len__(self) -> int:
         return self.stop - self.start or len(self.names)
+
+    def cut(self, start: int, stop: int) -> Chunk:
+        """Its files, members or rows start <= number < stop, or as many of them as there are."""
+        if self.kind == "table":
+            return replace(self, start=self.start + start, stop=min(self.start + stop, self.stop))
+        return replace(self, names=self.names[start:stop], spans=self.spans[start:stop])
 
     def name(self, number: int) -> str:
         """What to call a file or row that can't be read."""

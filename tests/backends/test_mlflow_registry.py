@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,14 @@ from dist_train.backends import mlflow_registry
 from dist_train.backends.mlflow_registry import Registry, pull
 from dist_train.backends.mlflow_tracker import connect
 from dist_train.cli import main
+from dist_train.commands.embed import EmbedOptions, embed
 from dist_train.commands.registry import register
 from dist_train.commands.training import build_model
 from dist_train.config import RunConfig
 from dist_train.crystal.cif import write_cif
-from dist_train.errors import ConfigError, ModelError
+from dist_train.errors import ConfigError, DataError, ModelError
+from dist_train.files import sha256
+from dist_train.latents import read_about
 from dist_train.models import export
 from dist_train.models.export import read_bundle, write_bundle
 from dist_train.node import free_port
@@ -127,6 +130,26 @@ def test_champion_moves_by_the_gate_and_by_hand_and_back(place: Place, capsys: p
     assert re.search(r"version 2 became champion \S+ \S+ UTC, by hand: a better look", shown)
     assert re.search(r"version 5 became champion \S+ \S+ UTC, by hand: it was not", shown)
     assert re.search(r"version 1 became champion \S+ \S+ UTC, by the gate: val/loss 1,", shown)
+
+
+def test_a_table_of_latents_stays_with_the_version_that_an_alias_stood_for(place: Place) -> None:
+    register(place.run("a", {"val/loss": 1.0}))
+    register(place.run("b", {"val/loss": 0.5}))
+    assert place.aliases()["champion"] == 2
+    out = place.folder / "latents"
+    job = EmbedOptions(
+        f"models:/{NAME}@champion", place.uri, [str(place.folder / "shards")], out, 0, None, False, part_rows=30
+    )
+    embed(job)
+    about = read_about(out)
+    assert about and about.counts and about.counts["rows"] == about.units and about.counts["embedded"] > 30
+    assert (about.model, about.resolved) == (job.model, f"models:/{NAME}/2")
+    assert about.bundle_sha256 == sha256(place.folder / "b" / "bundle" / export.SUMS_NAME)
+    place.cli("rollback", "--reason", "to see what happens")
+    (out / "part-00001.parquet").unlink()
+    with pytest.raises(DataError, match="holds the latents of another job"):
+        embed(job)
+    assert "this run: 30 rows" in embed(replace(job, model=f"models:/{NAME}/2"))
 
 
 def test_without_a_gate_the_champion_moves_by_hand_alone(place: Place) -> None:
