@@ -70,6 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_launch(verbs)
     _add_register(verbs)
     _add_release(verbs)
+    _add_fit_properties(verbs)
     _add_evaluate(verbs)
     _add_generate(verbs)
     _add_score(verbs)
@@ -415,6 +416,38 @@ def _evaluate(options: argparse.Namespace) -> str:
 
     asked = EvaluateOptions(**{name: value for name, value in vars(options).items() if name != "run"})
     return f"{metrics_table(evaluate(asked))}\nwritten to {options.out}: metrics.json, report.html, crystals.csv, cifs/"
+
+
+def _add_fit_properties(verbs: Verbs) -> None:
+    parser = _verb(
+        verbs, "fit-properties", "fit what reads properties off a model's latents, to labelled crystals",
+        "Encodes the crystals of Parquet tables and fits to their labels, for each property, a direction in latent space "
+        "and small networks; prints their errors on crystals held out, beside trivial ones; writes the bundle with them. "
+        "volume_per_atom, density and n_atoms are computed, other labels are columns. Formulas aren't divided between "
+        "crystals fitted and held out; where these have fewer than 20, near copies aren't.",
+    )  # fmt: skip
+    _model_options(parser)
+    parser.add_argument("--data", nargs="+", type=Path, required=True, metavar="TABLE", help="Parquet tables of crystals")
+    parser.add_argument(
+        "--property", nargs="+", required=True, metavar="NAME[=COLUMN][:UNIT]",
+        help="properties: band_gap, or band_gap=dir_gap:eV for the column dir_gap; null is unknown",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, help="bundle to write; may be that of --model")
+    parser.add_argument("--test", nargs="+", type=Path, default=[], metavar="TABLE",
+                        help="measure on these tables; without them, on a part of --data")  # fmt: skip
+    parser.add_argument(
+        "--held-out", type=float, default=0.1, metavar="SHARE",
+        help="of --data to measure on; what the model wasn't trained on comes first",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=_count, default=0, help="of the split and the networks: same seed, same bytes")
+    parser.add_argument("--workers", type=_count, default=os.cpu_count() or 1, help="processes that read crystals")
+    parser.set_defaults(run=_fit_properties)
+
+
+def _fit_properties(options: argparse.Namespace) -> str:
+    from dist_train.commands.properties import FitOptions, fit
+
+    return fit(FitOptions(**{name: value for name, value in vars(options).items() if name != "run"}))
 
 
 def _add_generate(verbs: Verbs) -> None:

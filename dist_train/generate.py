@@ -16,6 +16,7 @@ from dist_train.crystal.parallel import parallel_map
 from dist_train.crystal.structure import Crystal
 from dist_train.errors import CrystalError
 from dist_train.models.reconstruct import Codec
+from dist_train.models.vae import Latent
 
 BATCH, FLOW_BATCH = 32, 1024
 
@@ -30,11 +31,17 @@ def encode(codec: Codec, crystals: Sequence[Crystal], progress: Callable[[int], 
 
     progress(n): n more are encoded.
     """
-    latents = [torch.empty(0, codec.model.model.latent_size, device=codec.device)]
+    return posterior(codec, crystals, progress).mean
+
+
+def posterior(codec: Codec, crystals: Sequence[Crystal], progress: Callable[[int], None] = lambda n: None) -> Latent:
+    """The same with the variances."""
+    empty = torch.empty(0, codec.model.model.latent_size, device=codec.device)
+    found = [Latent(empty, empty)]
     for batch in _batches(crystals):
-        latents.append(codec.encode(batch))
+        found.append(codec.posterior(batch))
         progress(len(batch))
-    return torch.cat(latents)
+    return Latent(*(torch.cat(part) for part in zip(*found, strict=True)))
 
 
 def decode(codec: Codec, latent_NL: Tensor, ids: Sequence[str], workers: int = 1) -> Iterator[Decoded]:
