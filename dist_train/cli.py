@@ -451,24 +451,49 @@ def _fit_properties(options: argparse.Namespace) -> str:
 
 
 def _add_generate(verbs: Verbs) -> None:
-    parser = _verb(verbs, "generate", "reconstruct, sample or interpolate crystals; writes CIF files")
-    parser.add_argument("task", choices=("reconstruct", "sample", "interpolate"), help="what to do")
-    parser.add_argument("inputs", nargs="*", help="crystals (CIF files, folders, Parquet) to reconstruct or interpolate")
+    parser = _verb(
+        verbs, "generate", "reconstruct, sample, steer, alter or interpolate crystals; writes CIF files",
+        "target looks for crystals with wanted properties, near samples, by gradient steps in latent space; alter moves "
+        "given crystals along properties. Both want a bundle of dist-train fit-properties, and print what is read off the "
+        "latents, off the crystals that these decode to, and the error of that on crystals held out.",
+    )  # fmt: skip
+    tasks = ("reconstruct", "sample", "interpolate", "target", "alter")
+    parser.add_argument("task", choices=tasks, help="what to do")
+    parser.add_argument(
+        "inputs", nargs="*", help="crystals (CIF files, folders, Parquet) to reconstruct, interpolate, alter"
+    )
     _model_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="output folder")
-    parser.add_argument("-n", type=_count, default=16, help="crystals to sample")
+    parser.add_argument("-n", type=_count, default=16, help="crystals to sample, or with a target")
     parser.add_argument("--steps", type=_count, default=9, help="crystals on the way, both ends included")
     parser.add_argument("--seed", type=_count, default=0, help="seed of the samples: same seed, same crystals")
+    parser.add_argument(
+        "--target", action="append", default=[], metavar="NAME=VALUE", help="wanted property; may be repeated"
+    )
+    parser.add_argument("--extrapolate", action="store_true", help="take a target beyond all labels that were fitted")
+    parser.add_argument("--composition", metavar="FORMULA", help="sample or target crystals of this formula: BaTiO3")
+    parser.add_argument("--elements", metavar="A,B,C", help="sample or target crystals of these elements alone: Ba,Ti,O")
+    parser.add_argument(
+        "--along", action="append", default=[], metavar="NAME=AMOUNT",
+        help="alter: property, and how far in standard deviations of its labels, such as band_gap=+1; may be repeated",
+    )  # fmt: skip
     parser.set_defaults(run=_generate)
 
 
 def _generate(options: argparse.Namespace) -> str:
     from dist_train.commands.models import generate
+    from dist_train.commands.steering import alter, check_options, search_crystals
 
-    return generate(
-        options.task, options.inputs, options.model, options.tracking_uri, options.out, options.n, options.steps,
-        options.seed,
-    )  # fmt: skip
+    check_options(options.task, options.inputs, options.target, options.composition or options.elements, options.along)
+    where = (options.model, options.tracking_uri)
+    if options.task == "alter":
+        return alter(*where, options.inputs, options.along, options.out)
+    if options.target or options.composition or options.elements:
+        return search_crystals(
+            *where, options.target, options.composition, options.elements, options.out, options.n, options.seed,
+            options.extrapolate,
+        )  # fmt: skip
+    return generate(options.task, options.inputs, *where, options.out, options.n, options.steps, options.seed)
 
 
 def _add_score(verbs: Verbs) -> None:

@@ -22,6 +22,7 @@ LAYERS = (
     (
         "training",
         "generate",
+        "steer",
         "serving",
         "model_card",
         "evaluate",

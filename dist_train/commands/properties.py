@@ -29,6 +29,7 @@ from dist_train.model_card import model_card
 from dist_train.models.export import SUMS_NAME, add_properties, read_bundle, training_digests
 from dist_train.models.properties import TOTAL_STEPS, BoolArray, Labels, fit_properties
 from dist_train.models.reconstruct import Codec
+from dist_train.models.vae import Latent
 from dist_train.progress import Stages
 from dist_train.tables import properties_table
 
@@ -102,7 +103,8 @@ def fit(options: FitOptions) -> str:
         else:
             held_N, kept_N = split(groups_N, seen_N, options.held_out, options.seed), np.full(len(cases), True)
         with stages.stage("encode", len(cases)) as bar:
-            latents = posterior(codec, [case.crystal for case in cases], bar.update)
+            found = posterior(codec, [case.crystal for case in cases], bar.update)
+            latents = Latent(found.mean.cpu(), found.log_variance.cpu())
         values_NP = np.array(rows.values + tests.values)
         labels = [Labels(a.name, a.column, a.unit, np.where(kept_N, values_NP[:, p], np.nan)) for p, a in enumerate(asked)]
         with stages.stage("fit", TOTAL_STEPS, "steps") as bar:
@@ -177,7 +179,7 @@ def _seen(cases: Sequence[Case], listed: NDArray[np.uint64] | None, about: dict[
 
 
 def near_copies(cases: Sequence[Case]) -> NDArray[np.int64]:
-    """[N] the group of each crystal: those of one formula are in one; where formulas are few, near copies (see `crystal.digest`)."""
+    """[N] the group of each crystal: one a formula; where these are few, of near copies (see `crystal.digest`)."""
     formulas = [case.crystal.formula for case in cases]
     keys: list[Iterable[object]] = (
         [(formula,) for formula in formulas] if len({*formulas}) >= FEW_FORMULAS else [case.digests for case in cases]
