@@ -440,6 +440,7 @@ def _add_fit_properties(verbs: Verbs) -> None:
         help="of --data to measure on; what the model wasn't trained on comes first",
     )  # fmt: skip
     parser.add_argument("--seed", type=_count, default=0, help="of the split and the networks: same seed, same bytes")
+    parser.add_argument("--steps", type=_positive, default=1500, help="of the training of each network, on 256 crystals")
     parser.add_argument("--workers", type=_count, default=os.cpu_count() or 1, help="processes that read crystals")
     parser.set_defaults(run=_fit_properties)
 

@@ -86,13 +86,16 @@ def steer(start_NL: Tensor, cost: Cost, std_L: Tensor, steps: int) -> Tensor:
 
 
 def search(
-    codec: Codec, cost: Cost, n: int, seed: int, progress: Callable[[], None] = lambda: None, steps: int = STEPS
-) -> list[Found]:
+    codec: Codec, cost: Cost, n: int, seed: int, progress: Callable[[], None] = lambda: None, steps: int = STEPS,
+    wanted: Callable[[Crystal], bool] = lambda crystal: True,
+) -> list[Found]:  # fmt: skip
     """At most n crystals that, encoded again, cost little, of as many formulas as there are; same seed, same crystals.
 
-    The best one of each formula comes first, then each second best; fewer than n where fewer latents gave a crystal.
-    progress(): one more of `ROUNDS` is done.
+    The best one of each formula comes first, then each second best, and at last those that aren't `wanted`; fewer than n
+    where fewer latents gave a crystal. progress(): one more of `ROUNDS` is done.
     """
+    if n == 0:
+        return []
     pool_NL = sample_latents(codec, POOL * n, seed).to(codec.device)
     with torch.inference_mode():
         order = cost(pool_NL).argsort(stable=True)
@@ -113,8 +116,8 @@ def search(
     for its, row in sorted(best.values(), key=lambda pair: pair[0]):
         assert row.decoded.crystal is not None
         formulas[row.decoded.crystal.formula] += 1
-        ranked.append((formulas[row.decoded.crystal.formula], its, row))
-    return [row for _, _, row in sorted(ranked, key=lambda entry: entry[:2])[:n]]
+        ranked.append((not wanted(row.decoded.crystal), formulas[row.decoded.crystal.formula], its, row))
+    return [row for *_, row in sorted(ranked, key=lambda entry: entry[:3])[:n]]
 
 
 def returned(codec: Codec, latent_NL: Tensor, ids: Sequence[str]) -> list[Found]:
@@ -149,7 +152,7 @@ class Atoms:
     formula: bool
 
     def __str__(self) -> str:
-        return "".join(f"{SYMBOLS[z]}{n if n > 1 else ''}" + ("" if self.formula else " ") for z, n in self.counts.items())
+        return ("" if self.formula else ",").join(f"{SYMBOLS[z]}{n if n > 1 else ''}" for z, n in self.counts.items())
 
     def hold(self, crystal: Crystal) -> bool:
         """Whether a crystal is made of them; of a formula, any multiple."""

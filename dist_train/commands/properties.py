@@ -27,7 +27,7 @@ from dist_train.files import sha256
 from dist_train.generate import posterior
 from dist_train.model_card import model_card
 from dist_train.models.export import SUMS_NAME, add_properties, read_bundle, training_digests
-from dist_train.models.properties import TOTAL_STEPS, BoolArray, Labels, fit_properties
+from dist_train.models.properties import MEMBERS, BoolArray, Labels, fit_properties
 from dist_train.models.reconstruct import Codec
 from dist_train.models.vae import Latent
 from dist_train.progress import Stages
@@ -55,6 +55,7 @@ class FitOptions:
     out: Path
     held_out: float
     seed: int
+    steps: int
     workers: int
 
 
@@ -107,10 +108,10 @@ def fit(options: FitOptions) -> str:
             latents = Latent(found.mean.cpu(), found.log_variance.cpu())
         values_NP = np.array(rows.values + tests.values)
         labels = [Labels(a.name, a.column, a.unit, np.where(kept_N, values_NP[:, p], np.nan)) for p, a in enumerate(asked)]
-        with stages.stage("fit", TOTAL_STEPS, "steps") as bar:
-            heads = fit_properties(latents, labels, held_N, seen_N, options.seed, lambda _: bar.update())
+        with stages.stage("fit", MEMBERS * options.steps, "steps") as bar:
+            heads = fit_properties(latents, labels, held_N, seen_N, options.seed, options.steps, bar.update)
         tables = {path.as_posix(): sha256(path) for path in (*options.data, *options.test)}
-        told = {**heads.config(), "about": {"data": tables, "seed": options.seed}}
+        told = {**heads.config(), "about": {"data": tables, "seed": options.seed, "steps": options.steps}}
         card = model_card(out.name, {**config, "properties": told}).encode()
         add_properties(folder, out, heads, told, {"model_card.md": card} if (folder / "model_card.md").exists() else {})
     lines = [properties_table(heads.properties)]

@@ -26,7 +26,10 @@ from dist_train.tables import beware
 def check_options(task: str, inputs: Sequence[str], targets: Sequence[str], atoms: str | None, along: Sequence[str]) -> None:
     """Raise ConfigError where options don't go with the task of generate, or are missing."""
     if task == "target" and (inputs or not targets):
-        raise ConfigError(f"generate target takes --target NAME=VALUE and no crystals, {len(inputs)} crystals were given")
+        given = f"{len(inputs)} crystals and {len(targets)} targets"
+        raise ConfigError(f"generate target takes --target NAME=VALUE and no crystals, {given} were given")
+    if atoms and inputs:
+        raise ConfigError(f"generate {task} takes no crystals, {len(inputs)} were given")
     if targets and task != "target":
         raise ConfigError(f"--target {targets[0]} is for generate target, not {task}; leave it out")
     if atoms and task not in ("sample", "target"):
@@ -60,7 +63,10 @@ def search_crystals(
     atoms = [atoms_of(text, formula) for text, formula in ((composition, True), (elements, False)) if text is not None]
     costs += [atoms_cost(codec, part) for part in atoms]
     with Progress("search", ROUNDS, "rounds") as bar:
-        found = search(codec, lambda latents: torch.stack([cost(latents) for cost in costs]).sum(0), n, seed, bar.update)
+        found = search(
+            codec, lambda latent_NL: torch.stack([cost(latent_NL) for cost in costs]).sum(0), n, seed, bar.update,
+            wanted=lambda crystal: all(part.hold(crystal) for part in atoms),
+        )  # fmt: skip
     found = [_renamed(row, f"target-{seed}-{place:05d}") for place, row in enumerate(found)]
     write_cifs(out, [row.decoded for row in found])
     lines = []

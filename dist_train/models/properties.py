@@ -1,7 +1,8 @@
 """Properties read off latents: small networks and one direction each, fitted to labelled crystals, kept in the bundle.
 
-A direction is an attribute vector: of all moves of a latent by which a linear fit to the labels rises by one of their
-standard deviations, the shortest, in standard deviations of the latents (so it goes where latents are, not across).
+A direction is an attribute vector: of all moves of a latent by which what the networks say of it rises, on average and to
+first order, by one standard deviation of the labels, the shortest, in standard deviations of the latents along any axis. It
+goes where latents are; the shortest in plain numbers would go across, where the decoder heeds nothing.
 """
 
 from __future__ import annotations
@@ -24,12 +25,11 @@ BoolArray = NDArray[np.bool_]
 
 WIDTH, MEMBERS = 192, 4
 """Of the heads: width of their two layers, and how many are averaged; how far they differ tells where they guess."""
-STEPS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 1500, 256, 2e-3, 0.01
-TOTAL_STEPS = MEMBERS * STEPS
+BATCH, LEARNING_RATE, WEIGHT_DECAY = 256, 2e-3, 0.01
 MIN_FITTED, MIN_HELD_OUT = 50, 10
 """Labelled crystals without which nothing is fitted, and measured."""
 RIDGE = 1e-2
-"""Of the linear fit, to latents and labels of variance 1."""
+"""Of the linear fit that the heads are compared with, to latents and labels of variance 1."""
 MIN_LATENT_STD = 1e-3
 """Least spread of a number of the latent: one that is the same in all crystals isn't blown up."""
 
@@ -134,7 +134,7 @@ class PropertyHeads(nn.Module):
         return names.index(name)
 
     def direction(self, name: str) -> Tensor:
-        """[size] the move of a latent by which the property rises by one standard deviation of its labels."""
+        """[size] the move of a latent (see above) by which the property rises by one standard deviation of its labels."""
         return self.direction_PL[self.place(name)]
 
     def config(self) -> dict[str, Any]:
@@ -155,12 +155,13 @@ def fit_properties(
     held_out_N: BoolArray,
     seen_N: BoolArray | None,
     seed: int,
-    progress: Callable[[float], None] = lambda loss: None,
+    steps: int,
+    progress: Callable[[], None] = lambda: None,
 ) -> PropertyHeads:
     """Heads and directions from the crystals that aren't held out, their errors from those that are; same seed, same bits.
 
     A step sees latents as the decoder learnt to see them, with the noise of their posteriors: what the decoder doesn't
-    heed, the heads don't either. seen_N: crystals that the model was trained on. progress(loss): one more of `TOTAL_STEPS`.
+    heed, the heads don't either. seen_N: crystals that the model was trained on. progress(): one more step of a head is done.
     """
     known = [_described(label, held_out_N, seen_N) for label in labels]
     fitted_N = torch.from_numpy(~held_out_N)
@@ -174,14 +175,13 @@ def fit_properties(
     wanted_NP = (value_NP - heads.mean_P) / heads.std_P
     generator = torch.Generator().manual_seed(seed)
     for head in heads.heads:
-        _train(head, heads, mean_NL, noise_NL, wanted_NP[fitted_N], generator, progress)
+        _train(head, heads, mean_NL, noise_NL, wanted_NP[fitted_N], generator, steps, progress)
     heads.requires_grad_(False)
     x_NL = (latents.mean - heads.latent_mean) / heads.latent_std
     linear_NP = torch.empty_like(value_NP)
     for p, wanted_N in enumerate(wanted_NP.T):
-        weight_L, move_L = _linear(x_NL[fitted_N], wanted_N[fitted_N])
-        linear_NP[:, p] = x_NL @ weight_L * heads.std_P[p] + heads.mean_P[p]
-        heads.direction_PL[p] = move_L * heads.latent_std
+        linear_NP[:, p] = _linear(x_NL, wanted_N, fitted_N) * heads.std_P[p] + heads.mean_P[p]
+        heads.direction_PL[p] = _direction(heads, x_NL[fitted_N], p) * heads.latent_std
     told_NP = heads.predict(latents.mean).value_NP
     heads.properties = tuple(
         _measured(known[p], value_NP[:, p], told_NP[:, p], linear_NP[:, p], fitted_N) for p in range(len(known))
@@ -207,12 +207,12 @@ def _described(label: Labels, held_out_N: BoolArray, seen_N: BoolArray | None) -
 
 def _train(
     head: nn.Module, heads: PropertyHeads, mean_NL: Tensor, noise_NL: Tensor, wanted_NP: Tensor,
-    generator: torch.Generator, progress: Callable[[float], None],
+    generator: torch.Generator, steps: int, progress: Callable[[], None],
 ) -> None:  # fmt: skip
     """Fit one head to standardised labels; those that are NaN don't count."""
     optimiser = torch.optim.AdamW(head.parameters(), weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LEARNING_RATE, total_steps=STEPS + 1, pct_start=0.05)
-    for _ in range(STEPS):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LEARNING_RATE, total_steps=steps + 1, pct_start=0.05)
+    for _ in range(steps):
         rows = torch.randint(len(mean_NL), (BATCH,), generator=generator)
         noise_BL = noise_NL[rows] * torch.randn(BATCH, heads.size, generator=generator)
         error_BP = head(heads.standardised(mean_NL[rows] + noise_BL)) - wanted_NP[rows]
@@ -222,17 +222,25 @@ def _train(
         loss.backward()
         optimiser.step()
         schedule.step()
-        progress(loss.item())
+        progress()
 
 
-def _linear(x_NL: Tensor, wanted_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights [L] of a ridge regression from standardised latents, and the move [L] by which it rises by 1 (see above)."""
-    there = wanted_N.isfinite()
-    x, y = x_NL[there].double(), wanted_N[there].double()
-    covariance_LL = x.T @ x / len(x) + RIDGE * torch.eye(x.shape[1], dtype=torch.float64)
-    slope_L = x.T @ y / len(x)
-    weight_L = torch.linalg.solve(covariance_LL, slope_L)
-    return weight_L.float(), (slope_L / (weight_L @ slope_L)).float()
+def _linear(x_NL: Tensor, wanted_N: Tensor, fitted_N: Tensor) -> Tensor:
+    """[N] what a ridge regression from standardised latents, fitted to some of the crystals, says of all."""
+    known_N = wanted_N.isfinite() & fitted_N
+    x, y = x_NL[known_N].double(), wanted_N[known_N].double()
+    square_LL = x.T @ x / len(x) + RIDGE * torch.eye(x.shape[1], dtype=torch.float64)
+    return x_NL @ torch.linalg.solve(square_LL, x.T @ y / len(x)).float()
+
+
+def _direction(heads: PropertyHeads, x_NL: Tensor, p: int) -> Tensor:
+    """[L] the direction (see above) of one property, in standardised latents."""
+    x_NL = x_NL.clone().requires_grad_()
+    told_N = torch.stack([head(x_NL) for head in heads.heads])[..., p].mean(0)
+    gradient_L = torch.autograd.grad(told_N.sum(), x_NL)[0].mean(0)
+    along_L = x_NL.detach().T @ (x_NL.detach() @ gradient_L)
+    direction_L: Tensor = along_L / (gradient_L @ along_L)
+    return direction_L
 
 
 def _measured(known: Property, value_N: Tensor, told_N: Tensor, linear_N: Tensor, fitted_N: Tensor) -> Property:
