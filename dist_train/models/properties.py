@@ -161,7 +161,7 @@ def fit_properties(
     """Heads and directions from the crystals that aren't held out, their errors from those that are; same seed, same bits.
 
     A step sees latents as the decoder learnt to see them, with the noise of their posteriors: what the decoder doesn't
-    heed, the heads don't either. seen_N: crystals that the model was trained on. progress(): one more step of a head is done.
+    heed, the heads don't either. seen_N: crystals that the model was trained on. progress(): one more step of one head.
     """
     known = [_described(label, held_out_N, seen_N) for label in labels]
     fitted_N = torch.from_numpy(~held_out_N)
@@ -230,15 +230,16 @@ def _linear(x_NL: Tensor, wanted_N: Tensor, fitted_N: Tensor) -> Tensor:
     known_N = wanted_N.isfinite() & fitted_N
     x, y = x_NL[known_N].double(), wanted_N[known_N].double()
     square_LL = x.T @ x / len(x) + RIDGE * torch.eye(x.shape[1], dtype=torch.float64)
-    return x_NL @ torch.linalg.solve(square_LL, x.T @ y / len(x)).float()
+    told_N: Tensor = x_NL @ torch.linalg.solve(square_LL, x.T @ y / len(x)).float()
+    return told_N
 
 
 def _direction(heads: PropertyHeads, x_NL: Tensor, p: int) -> Tensor:
     """[L] the direction (see above) of one property, in standardised latents."""
-    x_NL = x_NL.clone().requires_grad_()
-    told_N = torch.stack([head(x_NL) for head in heads.heads])[..., p].mean(0)
-    gradient_L = torch.autograd.grad(told_N.sum(), x_NL)[0].mean(0)
-    along_L = x_NL.detach().T @ (x_NL.detach() @ gradient_L)
+    at_NL = x_NL.clone().requires_grad_()
+    told_N = torch.stack([head(at_NL) for head in heads.heads])[..., p].mean(0)
+    gradient_L = torch.autograd.grad(told_N.sum(), at_NL)[0].mean(0)
+    along_L = x_NL.T @ (x_NL @ gradient_L)
     direction_L: Tensor = along_L / (gradient_L @ along_L)
     return direction_L
 

@@ -22,7 +22,7 @@ from dist_train.crystal.structure import Crystal
 from dist_train.errors import DataError, ModelError
 from dist_train.files import sha256
 from dist_train.generate import encode, posterior, sample_latents
-from dist_train.models.export import SUMS_NAME, read_bundle, read_properties
+from dist_train.models.export import CONFIG_NAME, PROPERTIES_NAME, read_bundle, read_properties
 from dist_train.models.properties import Labels, PropertyHeads, fit_properties
 from dist_train.models.reconstruct import Codec
 from dist_train.models.vae import Latent
@@ -69,9 +69,9 @@ HELD_OUT = np.arange(N) >= 300
 
 
 def test_what_is_fitted_holds_for_crystals_held_out(latents: Latent, labels: list[Labels]) -> None:
-    volume, heat = fit_properties(latents, labels, HELD_OUT, HELD_OUT, seed=0, steps=200).properties
+    volume, heat = fit_properties(latents, labels, HELD_OUT, HELD_OUT, seed=0, steps=80).properties
     assert (volume.n_fitted, volume.n_held_out, volume.n_unseen) == (300, 100, 0)
-    assert (heat.n_fitted, heat.n_held_out) == (200, 67)
+    assert (heat.n_fitted, heat.n_held_out) == (200, 66)
     assert volume.mae < 0.4 * volume.mae_mean
     assert volume.r2 > 0.85
     assert heat.mae < 0.8 * heat.mae_mean
@@ -163,9 +163,9 @@ def test_a_formula_is_found_and_held(codec: Codec) -> None:
 
 
 def test_properties_that_are_not_there_and_targets_beyond_the_labels(codec: Codec, heads: PropertyHeads) -> None:
-    with pytest.raises(ModelError, match="no property 'colour'.*fit-properties"):
+    with pytest.raises(ModelError, match=r"no property 'colour'.*fit-properties"):
         property_cost(heads, {"colour": 1.0})
-    with pytest.raises(ModelError, match="band_gap=15: the labels fitted go from 0 to 7.3"):
+    with pytest.raises(ModelError, match=r"band_gap=15: the labels fitted go from 0 to 7\.3"):
         property_cost(heads, {"band_gap": 15.0})
     property_cost(heads, {"band_gap": 15.0}, extrapolate=True)
     with pytest.raises(ModelError, match=r"no \['Xe'\]"):
@@ -191,7 +191,8 @@ def test_the_verbs_from_table_to_crystals(tmp_path: Path, capsys: pytest.Capture
     assert "gap, eV" in told
     assert "WARNING: gap is hardly read off" in told
     assert main([*fit, str(tmp_path / "again")]) == 0
-    assert sha256(plain / SUMS_NAME) == sha256(tmp_path / "again" / SUMS_NAME)
+    for name in (CONFIG_NAME, PROPERTIES_NAME):
+        assert sha256(plain / name) == sha256(tmp_path / "again" / name)
     found = read_properties(plain)
     assert found is not None
     assert [known.name for known in found.properties] == ["volume_per_atom", "gap"]
