@@ -13,6 +13,7 @@ import torch
 
 from dist_train.cli import main
 from dist_train.commands.properties import near_copies, split
+from dist_train.commands.release import release
 from dist_train.crystal.case import Case
 from dist_train.crystal.cif import read_cif
 from dist_train.crystal.digest import digests_near
@@ -218,6 +219,16 @@ def test_the_verbs_from_table_to_crystals(tmp_path: Path, capsys: pytest.Capture
     (plain / "properties.safetensors").write_bytes(b"damaged")
     assert main([*target, str(plain)]) == 2
     assert "properties.safetensors is missing or differs" in capsys.readouterr().err
+
+
+def test_a_release_keeps_the_properties_of_its_run(tmp_path: Path, heads: PropertyHeads) -> None:
+    shutil.copytree(MODEL, tmp_path / "run" / "bundle")
+    shutil.copy(MODEL / "run.yaml", tmp_path / "run")
+    release(tmp_path / "run", tmp_path / "released", None)
+    found = read_properties(tmp_path / "released")
+    assert found is not None
+    assert found.config() == heads.config()
+    assert "| band_gap | eV |" in (tmp_path / "released" / "model_card.md").read_text()
 
 
 @pytest.mark.parametrize(
