@@ -72,6 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_launch(verbs)
     _add_register(verbs)
     _add_release(verbs)
+    _add_fit_properties(verbs)
     _add_evaluate(verbs)
     _add_generate(verbs)
     _add_embed(verbs)
@@ -437,9 +438,42 @@ def _evaluate(options: argparse.Namespace) -> str:
     return f"{metrics_table(evaluate(asked))}\nwritten to {options.out}: metrics.json, report.html, crystals.csv, cifs/"
 
 
+def _add_fit_properties(verbs: Verbs) -> None:
+    parser = _verb(
+        verbs, "fit-properties", "fit what reads properties off a model's latents, to labelled crystals",
+        "Encodes the crystals of Parquet tables and fits to their labels, for each property, a direction in latent space "
+        "and small networks; prints their errors on crystals held out, beside trivial ones; writes the bundle with them. "
+        "volume_per_atom, density and n_atoms are computed, other labels are columns. Formulas aren't divided between "
+        "crystals fitted and held out; where these have fewer than 20, near copies aren't.",
+    )  # fmt: skip
+    _model_options(parser)
+    parser.add_argument("--data", nargs="+", type=Path, required=True, metavar="TABLE", help="Parquet tables of crystals")
+    parser.add_argument(
+        "--property", nargs="+", required=True, metavar="NAME[=COLUMN][:UNIT]",
+        help="properties: band_gap, or band_gap=dir_gap:eV for the column dir_gap; null is unknown",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, help="bundle to write; may be that of --model")
+    parser.add_argument("--test", nargs="+", type=Path, default=[], metavar="TABLE",
+                        help="measure on these tables; without them, on a part of --data")  # fmt: skip
+    parser.add_argument(
+        "--held-out", type=float, default=0.1, metavar="SHARE",
+        help="of --data to measure on; what the model wasn't trained on comes first",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=_count, default=0, help="of the split and the networks: same seed, same bytes")
+    parser.add_argument("--steps", type=_positive, default=1500, help="of the training of each network, on 256 crystals")
+    parser.add_argument("--workers", type=_count, default=os.cpu_count() or 1, help="processes that read crystals")
+    parser.set_defaults(run=_fit_properties)
+
+
+def _fit_properties(options: argparse.Namespace) -> str:
+    from dist_train.commands.properties import FitOptions, fit
+
+    return fit(FitOptions(**{name: value for name, value in vars(options).items() if name != "run"}))
+
+
 def _add_generate(verbs: Verbs) -> None:
     parser = _verb(
-        verbs, "generate", "crystals from a trained model: reconstruct, sample, interpolate or alter",
+        verbs, "generate", "crystals from a trained model: reconstruct, sample, target, interpolate or alter",
         "Writes CIF files in P1 and with symmetry, crystals.extxyz, a table, an archive and metrics.json. Same seed, same "
         "bytes. Each action has its own --help.",
     )  # fmt: skip
@@ -447,11 +481,12 @@ def _add_generate(verbs: Verbs) -> None:
     for action, told in (
         ("reconstruct", "known crystals through the model and back; what it can't take is counted"),
         ("sample", "new crystals, drawn as the training crystals lie in latent space"),
+        ("target", "new crystals with wanted properties, by gradient steps in latent space from samples"),
         ("interpolate", "crystals on the way from each known one to the next"),
-        ("alter", "known crystals with other elements, everywhere or around a place; or crystals near known ones"),
+        ("alter", "known crystals with other elements, moved along a property, or others near them"),
     ):
         verb = _verb(actions, action, told)
-        if action != "sample":
+        if action not in ("sample", "target"):
             verb.add_argument("inputs", nargs="+", metavar="IN", help="crystals: CIF files, folders, archives, Parquet")
         _model_options(verb)
         verb.add_argument("--out", type=Path, required=True, help="output folder; generated crystals in it are replaced")
@@ -461,8 +496,19 @@ def _add_generate(verbs: Verbs) -> None:
 
 
 def _sample_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-n", type=_count, default=16, help="crystals to sample")
+    parser.add_argument("-n", type=_count, default=16, help="crystals to make")
     parser.add_argument("--seed", type=_count, default=0, help="same seed, same crystals")
+    parser.add_argument("--composition", metavar="FORMULA", help="steer to crystals of this formula: BaTiO3")
+    parser.add_argument("--elements", metavar="A,B,C", help="steer to crystals of these elements alone: Ba,Ti,O")
+
+
+def _target_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--target", nargs="+", action="extend", required=True, metavar="NAME=VALUE",
+        help="properties wanted, such as band_gap=1.5, of those in the bundle (dist-train fit-properties)",
+    )  # fmt: skip
+    parser.add_argument("--extrapolate", action="store_true", help="take a target beyond all labels that were fitted")
+    _sample_options(parser)
 
 
 def _interpolate_options(parser: argparse.ArgumentParser) -> None:
@@ -486,6 +532,10 @@ def _alter_options(parser: argparse.ArgumentParser) -> None:
         "--of", nargs=3, type=float, metavar=("A", "B", "C"), help="fractional coordinates in the cell as given; periodic"
     )
     parser.add_argument(
+        "--along", nargs="+", action="extend", default=[], metavar="NAME=AMOUNT",
+        help="properties in the bundle, and how far to go along each, in standard deviations of its labels: band_gap=+1",
+    )  # fmt: skip
+    parser.add_argument(
         "--perturb", type=_positive_float, metavar="RADIUS",
         help="-n crystals at this distance in random directions of latent space, in standard deviations of the training "
         "crystals' latents",
@@ -494,7 +544,9 @@ def _alter_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=_count, default=0, help="of the directions")
 
 
-_GENERATE = {"sample": _sample_options, "interpolate": _interpolate_options, "alter": _alter_options}
+_GENERATE = {
+    "sample": _sample_options, "target": _target_options, "interpolate": _interpolate_options, "alter": _alter_options,
+}  # fmt: skip
 
 
 def _finish_options(parser: argparse.ArgumentParser) -> None:

@@ -20,6 +20,7 @@ from dist_train.crystal.parallel import in_order, parallel_map
 from dist_train.crystal.structure import Crystal
 from dist_train.errors import CrystalError
 from dist_train.models.reconstruct import Codec, filled
+from dist_train.models.vae import Latent
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -35,12 +36,20 @@ def encode(
 
     progress(n): n more are encoded.
     """
-    latents = [torch.empty(0, codec.model.model.latent_size, device=codec.device)]
+    return posterior(codec, crystals, progress, workers).mean
+
+
+def posterior(
+    codec: Codec, crystals: Sequence[Crystal], progress: Callable[[int], None] = lambda n: None, workers: int = 1
+) -> Latent:
+    """The same with the variances."""
+    empty = torch.empty(0, codec.model.model.latent_size, device=codec.device)
+    found = [Latent(empty, empty)]
     batches = (crystals[start : start + ENCODED] for start in range(0, len(crystals), ENCODED))
-    for found in _by_networks(codec, codec.encode, batches, workers):
-        latents.append(found)
-        progress(len(found))
-    return torch.cat(latents)
+    for part in _by_networks(codec, codec.posterior, batches, workers):
+        found.append(part)
+        progress(len(part.mean))
+    return Latent(*(torch.cat(part) for part in zip(*found, strict=True)))
 
 
 def decode(codec: Codec, latent_NL: Tensor, ids: Sequence[str], workers: int = 1) -> Iterator[Decoded]:

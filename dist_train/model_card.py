@@ -56,6 +56,7 @@ def model_card(name: str, config: dict[str, Any]) -> str:
             "",
             "These are the held-out crystals of the training's own data; crystals of other kinds may fare far worse.",
             "",
+            *_properties(config.get("properties")),
             "## Made by",
             "",
             f"- dist_train {config['code_version']}, commit `{about['git_commit'] or 'unknown'}`",
@@ -68,6 +69,29 @@ def model_card(name: str, config: dict[str, Any]) -> str:
             "",
         )
     )
+
+
+def _properties(told: dict[str, Any] | None) -> list[str]:
+    """What is read off latents, with the errors on crystals that were held out."""
+    if told is None:
+        return []
+    rows = [
+        f"| {known['name']} | {known['unit']} | {known['n_fitted']} | {known['n_held_out']} | {known['mae']:.4g} | "
+        f"{known['mae_linear']:.4g} | {known['mae_mean']:.4g} | {known['mae_median']:.4g} | {known['r2']:.3f} |"
+        for known in told["properties"]
+    ]
+    head = "| property | unit | fitted | held out | MAE | linear | mean | median | R2 |"
+    from_ = f"Labels of {', '.join(told['about']['data'])}. MAE of the heads beside those of a linear fit and of constants."
+    return [
+        "## Properties",
+        "",
+        from_,
+        "",
+        head,
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        *rows,
+        "",
+    ]
 
 
 def _latent(sizes: dict[str, Any]) -> str:

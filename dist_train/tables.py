@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+from dist_train.models.properties import Property
 
 _ROWS = (
     ("match rate", "match_rate", "{:.1%}"),
@@ -38,6 +41,35 @@ def misses(metrics: dict[str, Any]) -> str:
     told = f"misses without a crystal: {metrics['n_not_held']} that the model can't hold, {failed} failed decodes"
     refused = metrics["data"]["n_refused"]
     return told + (f"; {refused} inputs could not be read and are not among the {metrics['n_test']}" if refused else "")
+
+
+POOR_R2 = 0.5
+"""Below it, what a head says of a single crystal is worth little."""
+
+
+def properties_table(properties: Sequence[Property]) -> str:
+    """What was fitted, with the errors on crystals that were held out, a property a line; then what to beware of."""
+    titles = ("fitted", "held out", "unseen", "MAE", "linear", "mean", "median", "R2", "range")
+    lines = ["mean absolute error on crystals held out: of the heads, of a linear fit, of the labels' mean and median", ""]
+    lines[1] = "property".ljust(30) + "".join(f"{title:>9}" for title in titles)
+    for known in properties:
+        unseen = "?" if known.n_unseen is None else known.n_unseen
+        errors = [f"{value:.4g}" for value in (known.mae, known.mae_linear, known.mae_mean, known.mae_median)]
+        cells = [known.n_fitted, known.n_held_out, unseen, *errors, f"{known.r2:.3f}"]
+        name = f"{known.name}, {known.unit}" if known.unit else known.name
+        lines.append(name.ljust(30) + "".join(f"{cell:>9}" for cell in cells) + f"  {known.low:.4g} to {known.high:.4g}")
+    lines.append("unseen: of those held out, the ones that the model was not trained on")
+    return "\n".join([*lines, *(line for known in properties for line in beware(known))])
+
+
+def beware(known: Property) -> list[str]:
+    """A warning of a property that the latents hardly tell."""
+    if known.r2 >= POOR_R2:
+        return []
+    return [
+        f"WARNING: {known.name} is hardly read off these latents: held-out R2 {known.r2:.3f}, MAE {known.mae:.4g}, "
+        f"and {known.mae_median:.4g} for the same number everywhere"
+    ]
 
 
 def bench_line(row: dict[str, Any]) -> str:

@@ -26,6 +26,7 @@ LAYERS = (
         "screens",
         "embed",
         "latents",
+        "steer",
         "serving",
         "model_card",
         "evaluate",

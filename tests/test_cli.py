@@ -25,8 +25,8 @@ from dist_train.shards.index import Index
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "data" / "sample"
 VERBS = (
-    "demo", "config", "voxelize", "verify", "inspect", "train", "launch", "register", "registry", "evaluate",
-    "generate", "embed", "nearest", "score", "bench",
+    "demo", "config", "voxelize", "verify", "inspect", "train", "launch", "register", "registry", "fit-properties",
+    "evaluate", "generate", "embed", "nearest", "score", "bench",
 )  # fmt: skip
 LIMIT_S = 60
 TRAINING_CRYSTALS = 8

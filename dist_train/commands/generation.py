@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,15 @@ from torch import Tensor
 
 from dist_train import __version__
 from dist_train.commands.models import bundle_folder, file_names, read_crystals
+from dist_train.commands.steering import (
+    PROPERTY_COLUMNS,
+    PropertyRow,
+    named_numbers,
+    property_lines,
+    property_rows,
+    searched,
+    wanted_atoms,
+)
 from dist_train.crystal.alter import make_edit
 from dist_train.crystal.case import unknown_elements
 from dist_train.crystal.decode import Decoded
@@ -27,16 +37,19 @@ from dist_train.errors import ConfigError, CrystalError, DataError, ModelError
 from dist_train.files import STAGE_NAME, sha256, staged, write_text
 from dist_train.generate import altered_latents, decode, encode, interpolate_latents, sample_latents
 from dist_train.generated import Finish, Result, counts, finished, processes, result_of, write_files
-from dist_train.models.export import SUMS_NAME, read_bundle, training_digests
+from dist_train.models.export import SUMS_NAME, read_bundle, read_properties, training_digests
+from dist_train.models.properties import PropertyHeads
 from dist_train.models.reconstruct import BATCH, Codec
 from dist_train.progress import Stages
 from dist_train.screens import Screens, parse_screens
 from dist_train.shards.discover import read_inputs
+from dist_train.steer import ROUNDS, Atoms, move_along
 
-Task = Literal["reconstruct", "sample", "interpolate", "alter"]
+Task = Literal["reconstruct", "sample", "target", "interpolate", "alter"]
 PACKAGES = ("numpy", "torch", "scipy", "spglib", "pymatgen", "ase")
 OUTPUTS = (
-    "cifs", "cifs_symmetrized", "density", "crystals.csv", "crystals.extxyz", "crystals.zip", "metrics.json", "report.html",
+    "cifs", "cifs_symmetrized", "density", "crystals.csv", "crystals.extxyz", "crystals.zip", "metrics.json",
+    "properties.csv", "report.html",
 )  # fmt: skip
 """What a generation may write, and removes of one before it."""
 UNSAID = ("model", "tracking_uri", "out", "task", "seed", "workers")
@@ -50,7 +63,9 @@ LISTED, LEAST_SHOWN = 20, 32
 class GenerateOptions:
     """What the command line asks for.
 
-    inputs: files, folders, archives, tables, of all tasks but 'sample'. n: crystals to sample, or around each known one.
+    inputs: files, folders, archives, tables, of all tasks but 'sample' and 'target'. n: crystals to make, or around each
+    known one. target: pairs such as 'band_gap=1.5', beyond all labels with `extrapolate`; composition, elements: such as
+    'BaTiO3' and 'Ba,Ti,O', of 'sample' and 'target'. along: pairs as target, in standard deviations of the labels.
     steps, path: crystals from one input to the next, both included, on a 'linear' or 'spherical' path. replace: pairs such
     as 'Ti=Zr'; scale: of the density; both `within` angstrom of the fractional coordinates `of`, or everywhere. perturb:
     distance in latent space, in standard deviations of the training crystals. screens: see `screens.SCREENS`.
@@ -71,6 +86,11 @@ class GenerateOptions:
     within: float | None = None
     of: Sequence[float] | None = None
     perturb: float | None = None
+    target: Sequence[str] = ()
+    extrapolate: bool = False
+    composition: str | None = None
+    elements: str | None = None
+    along: Sequence[str] = ()
     screens: Sequence[str] = ()
     symmetrize: float | None = None
     relax: str | None = None
@@ -81,12 +101,16 @@ class GenerateOptions:
 
 @dataclass(frozen=True)
 class Generation:
-    """All that was asked for, in order; rows: those of crystals.csv, of `generated.COLUMNS`; metrics: of metrics.json."""
+    """All that was asked for, in order.
+
+    rows: those of crystals.csv, of `generated.COLUMNS`; metrics: of metrics.json; lines: what to tell of properties.
+    """
 
     options: GenerateOptions
     results: list[Result]
     rows: list[tuple[object, ...]]
     metrics: dict[str, Any]
+    lines: list[str]
 
     @property
     def title(self) -> str:
@@ -98,12 +122,24 @@ class Generation:
 
 @dataclass(frozen=True)
 class _Asked:
-    """A crystal to make of a latent, or the reason that there is none; see `Result` for the known crystals."""
+    """A crystal to make of a latent, or the reason that there is none; see `Result` for the known crystals.
+
+    before_L: latent of the known crystal, where it was moved.
+    """
 
     id: str
     latent_L: Tensor | str
     original: Crystal | None = None
     given: Crystal | None = None
+    before_L: Tensor | None = None
+
+
+class _Model(NamedTuple):
+    """What tasks work with; aims: properties wanted, or how far to move along them."""
+
+    codec: Codec
+    heads: PropertyHeads | None
+    aims: dict[str, float]
 
 
 def generate(options: GenerateOptions) -> Generation:
@@ -117,6 +153,13 @@ def generate(options: GenerateOptions) -> Generation:
     with bundle_folder(options.model, options.tracking_uri) as folder:
         network, config = read_bundle(folder)
         known, bundle_digest = training_digests(folder), sha256(folder / SUMS_NAME)
+        heads = read_properties(folder)
+    aims = named_numbers("--target", options.target) | named_numbers("--along", options.along)
+    if aims and heads is None:
+        raise ModelError(
+            f"the model {options.model} has no properties, {next(iter(aims))!r} was asked for: add it with dist-train "
+            "fit-properties"
+        )
     names, distance = parse_screens(options.screens)
     if "novel" in names and known is None:
         raise ModelError(f"--screen novel: {options.model} doesn't list its training crystals; leave that screen out")
@@ -125,7 +168,8 @@ def generate(options: GenerateOptions) -> Generation:
     calculator = make_calculator(options.relax) if options.relax else None
     finish = Finish(screens, options.symmetrize, calculator, options.relax_steps, options.workers)
     codec = Codec(network)
-    asked = list(_TASKS[options.task](options, codec, stages))
+    model = _Model(codec, heads and heads.to(codec.device), aims)
+    asked = list(_TASKS[options.task](options, model, stages))
     results = finished(_decoded(codec, asked, options.workers, stages), finish, stages)
     metrics = {
         "task": options.task,
@@ -140,6 +184,13 @@ def generate(options: GenerateOptions) -> Generation:
         "versions": {"dist_train": __version__, "python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
         **counts(results, finish),
     }
+    told = _read_off(model, asked, results, stages)
+    atoms = wanted_atoms(options.composition, options.elements)
+    lines = [
+        f"{n} of {metrics['n_written']} crystals are made of {part}" for part in atoms for n in [_made_of(part, results)]
+    ]
+    if model.heads is not None and told:
+        lines += property_lines(model.heads, told, options.task == "target", LISTED)
     with staged(options.out, OUTPUTS) as stage:
         file_stems = file_names(result.id for result in results)
         with stages.stage("write", len(results)) as bar:
@@ -152,19 +203,45 @@ def generate(options: GenerateOptions) -> Generation:
                 for place, files in bar.over(_densities(codec, asked, results, kept, options.density)):
                     for form, text in files.items():
                         (stage / "density" / form.format(file_stems[place])).write_text(text)
+        if told:
+            with (stage / "properties.csv").open("w", newline="") as stream:
+                csv.writer(stream, lineterminator="\n").writerows([PROPERTY_COLUMNS, *told])
         metrics["seconds"] = {name: round(seconds, 2) for name, seconds in stages.seconds.items()}
         write_text(stage / "metrics.json", json.dumps(metrics, indent=1) + "\n")
-    return Generation(options, results, rows, metrics)
+    return Generation(options, results, rows, metrics, lines)
+
+
+def _made_of(atoms: Atoms, results: Sequence[Result]) -> int:
+    return sum(
+        result.status == "written" and result.crystal is not None and atoms.hold(result.crystal) for result in results
+    )
+
+
+def _read_off(model: _Model, asked: Sequence[_Asked], results: Sequence[Result], stages: Stages) -> list[PropertyRow]:
+    """The properties that were aimed at, of latents and of what they decoded to; none where there are no aims."""
+    if model.heads is None or not model.aims:
+        return []
+    with stages.stage("properties", len(asked)) as bar:
+        rows = [
+            (item.id, item.latent_L, item.before_L, result.decoded.crystal)
+            for item, result in zip(asked, results, strict=True)
+            if isinstance(item.latent_L, Tensor)
+        ]
+        found = property_rows(model.codec, model.heads, model.aims, rows)
+        bar.update(len(asked))
+    return found
 
 
 def _check(options: GenerateOptions) -> None:
     """Raise ConfigError or DataError for options that make no sense together, or an output folder of something else."""
-    if (options.task == "sample") == bool(options.inputs):
-        many = "no" if options.task == "sample" else "some"
+    new = options.task in ("sample", "target")
+    if new == bool(options.inputs):
+        many = "no" if new else "some"
         raise DataError(f"generate {options.task} takes {many} crystals, {len(options.inputs)} were given")
     if options.task == "alter":
-        if not options.replace and options.scale is None and options.within is None and options.perturb is None:
-            raise ConfigError("generate alter has nothing to do: give --replace, --scale or --perturb")
+        edits = (options.scale, options.within, options.perturb)
+        if not options.replace and not options.along and edits == (None, None, None):
+            raise ConfigError("generate alter has nothing to do: give --replace, --scale, --along or --perturb")
         if options.n > 1 and options.perturb is None:
             raise ConfigError(f"-n {options.n} crystals would be one and the same: give --perturb, too, or leave -n out")
     if options.out.is_dir() and {path.name for path in options.out.iterdir()} - {STAGE_NAME}:
@@ -179,16 +256,32 @@ def _check(options: GenerateOptions) -> None:
 # Tasks: the latents to decode
 
 
-def _sample(options: GenerateOptions, codec: Codec, stages: Stages) -> Iterator[_Asked]:
+def _sample(options: GenerateOptions, model: _Model, stages: Stages) -> Iterator[_Asked]:
+    if options.composition or options.elements:
+        yield from _search(options, model, stages)
+        return
     with stages.stage("sample", options.n) as bar:
-        latent_NL = sample_latents(codec, options.n, options.seed, options.workers)
+        latent_NL = sample_latents(model.codec, options.n, options.seed, options.workers)
         bar.update(options.n)
     for place, latent in enumerate(latent_NL):
         yield _Asked(f"sample-{options.seed}-{place:05d}", latent)
 
 
-def _reconstruct(options: GenerateOptions, codec: Codec, stages: Stages) -> Iterator[_Asked]:
+def _search(options: GenerateOptions, model: _Model, stages: Stages) -> Iterator[_Asked]:
+    """As many latents as were asked for, with a reason in place of those that weren't found."""
+    atoms = wanted_atoms(options.composition, options.elements)
+    with stages.stage("search", ROUNDS, "rounds") as bar:
+        found = searched(
+            model.codec, model.heads, model.aims, atoms, options.n, options.seed, options.extrapolate, bar.update
+        )
+    for place in range(options.n):
+        latent = found[place] if place < len(found) else "no more latents were found that decode to a crystal"
+        yield _Asked(f"{options.task}-{options.seed}-{place:05d}", latent)
+
+
+def _reconstruct(options: GenerateOptions, model: _Model, stages: Stages) -> Iterator[_Asked]:
     """All inputs; one that can't be read, or that the model can't take, is told with its row."""
+    codec = model.codec
     items: list[tuple[str, Crystal | None, Crystal | str]] = []
     for item in read_inputs(options.inputs, codec.model.grid.max_atoms):
         if isinstance(item, CrystalError):
@@ -208,7 +301,8 @@ def _reconstruct(options: GenerateOptions, codec: Codec, stages: Stages) -> Iter
         yield _Asked(id, found if isinstance(found, str) else next(latents), crystal, crystal)
 
 
-def _interpolate(options: GenerateOptions, codec: Codec, stages: Stages) -> Iterator[_Asked]:
+def _interpolate(options: GenerateOptions, model: _Model, stages: Stages) -> Iterator[_Asked]:
+    codec = model.codec
     crystals = read_crystals(options.inputs, codec.model.grid)
     if len(crystals) < 2:
         raise DataError(f"generate interpolate takes two crystals or more, {len(crystals)} is given")
@@ -220,20 +314,25 @@ def _interpolate(options: GenerateOptions, codec: Codec, stages: Stages) -> Iter
         yield _Asked(f"step-{place:02d}", latent)
 
 
-def _alter(options: GenerateOptions, codec: Codec, stages: Stages) -> Iterator[_Asked]:
+def _alter(options: GenerateOptions, model: _Model, stages: Stages) -> Iterator[_Asked]:
+    codec = model.codec
     edit = make_edit(options.replace, options.scale, options.within, options.of, codec.model.elements)
     crystals = read_crystals(options.inputs, codec.model.grid)
     edited = [edit(crystal) for crystal in crystals]
     latents = _encoded(codec, [_held(crystal, codec) for crystal in edited], stages, options.workers)
-    for original, given, latent in zip(crystals, edited, latents, strict=True):
+    for original, given, before in zip(crystals, edited, latents, strict=True):
+        latent = before
+        for name, amount in model.aims.items():
+            assert model.heads is not None
+            latent = move_along(latent, model.heads, name, amount)
         if options.perturb is None:
-            yield _Asked(f"{original.id}-altered", latent, original, given)
+            yield _Asked(f"{original.id}-altered", latent, original, given, before)
             continue
         for place, near in enumerate(altered_latents(codec, latent, options.n, options.perturb, options.seed)):
-            yield _Asked(f"{original.id}-{options.seed}-{place:05d}", near, original, given)
+            yield _Asked(f"{original.id}-{options.seed}-{place:05d}", near, original, given, before)
 
 
-_TASKS = {"sample": _sample, "reconstruct": _reconstruct, "interpolate": _interpolate, "alter": _alter}
+_TASKS = {"sample": _sample, "target": _search, "reconstruct": _reconstruct, "interpolate": _interpolate, "alter": _alter}
 
 
 def _held(crystal: Crystal, codec: Codec) -> Crystal:
@@ -300,7 +399,7 @@ def summary(generation: Generation) -> str:
     if metrics["n_formula_as_given"] is not None:
         kind = "altered " if generation.options.replace or generation.options.scale else ""
         lines.append(f"{metrics['n_formula_as_given']} have the formula of the {kind}crystal given")
-    if generation.options.task == "sample":
+    if generation.options.task in ("sample", "target"):
         lines.append(f"{metrics['n_distinct_formulas']} different formulas")
     groups = list(metrics["space_groups"].items())
     if groups:
@@ -315,4 +414,5 @@ def summary(generation: Generation) -> str:
             f"{runs['n_relaxed']} relaxed, {runs['n_stopped']} stopped after {steps} steps, {runs['n_failed']} failed"
         )
         lines += [f"  {count}: {reason}" for reason, count in runs["failed"].items()]
+    lines += generation.lines
     return "\n  ".join(lines)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dist_train.errors import DataError
 from dist_train.model_card import model_card
+from dist_train.models import export
 from dist_train.models.export import WEIGHTS_NAME, read_bundle, training_digests, write_bundle
 
 
@@ -23,4 +24,6 @@ def release(run_dir: Path, out: Path, evaluation: Path | None) -> str:
         files["evaluation.json"] = (evaluation / "metrics.json").read_bytes()
     half = {name: weight.half() for name, weight in network.state_dict().items()}
     write_bundle(out, network, half, config["about"], training_digests(run_dir / "bundle"), files)
+    if (heads := export.read_properties(run_dir / "bundle")) is not None:
+        export.add_properties(out, out, heads, config["properties"])
     return f"{out}: {(out / WEIGHTS_NAME).stat().st_size / 1e6:.1f} MB in half precision, {len(half)} tensors"

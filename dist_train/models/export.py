@@ -1,6 +1,7 @@
 """The model bundle: a folder with `model.safetensors`, `config.json` and `SHA256SUMS`; no pickle anywhere.
 
-`training_digests.npy` holds the digests of the crystals that the model was trained on (see `crystal.digest`).
+`training_digests.npy` holds the digests of the crystals that the model was trained on (see `crystal.digest`), and
+`properties.safetensors` what reads properties off latents (see `models.properties`); a bundle may have neither.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from dist_train.config import GridSpec, ModelConfig
 from dist_train.errors import ModelError
 from dist_train.files import fsync, sha256
 from dist_train.models.autoencoder import CrystalAutoencoder
+from dist_train.models.properties import PropertyHeads
 
 FORMAT_VERSION, OLDEST_FORMAT = 2, 2
 """Written, and the oldest that is read; 1 named the layers of the VAE otherwise."""
 WEIGHTS_NAME, CONFIG_NAME, SUMS_NAME = "model.safetensors", "config.json", "SHA256SUMS"
-DIGESTS_NAME = "training_digests.npy"
+DIGESTS_NAME, PROPERTIES_NAME = "training_digests.npy", "properties.safetensors"
 
 
 def write_bundle(
@@ -44,8 +46,7 @@ def write_bundle(
     weights: by the model's parameter names; about: provenance (data digest, step, metrics...), kept in config.json;
     digests: of the training crystals, rising, each once; None where they aren't known; files: others, by their names.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = _temporary(folder)
     temporary.mkdir(parents=True)
     save_file({name: value.contiguous() for name, value in weights.items()}, temporary / WEIGHTS_NAME)
     config = {"format_version": FORMAT_VERSION, "code_version": __version__, "about": about, **model.config()}
@@ -54,9 +55,41 @@ def write_bundle(
         np.save(temporary / DIGESTS_NAME, digests, allow_pickle=False)
     for name, content in files.items():
         (temporary / name).write_bytes(content)
+    return _put(temporary, folder)
+
+
+def add_properties(
+    folder: Path, out: Path, heads: PropertyHeads, told: dict[str, Any], files: Mapping[str, bytes] = MappingProxyType({})
+) -> Path:
+    """Write the bundle of `folder` with these properties, in place of others, as `out`, which may be the same folder.
+
+    told: what config.json says of them; files: others that are added or replaced, by their names.
+    """
+    check_sums(folder)
+    temporary = _temporary(out)
+    shutil.copytree(folder, temporary)
+    (temporary / SUMS_NAME).unlink()
+    save_file({name: value.contiguous() for name, value in heads.state_dict().items()}, temporary / PROPERTIES_NAME)
+    config = {**json.loads((temporary / CONFIG_NAME).read_text()), "properties": told}
+    (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n")
+    for name, content in files.items():
+        (temporary / name).write_bytes(content)
+    return _put(temporary, out)
+
+
+def _temporary(folder: Path) -> Path:
+    """Where a folder is made, beside its place."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    return temporary
+
+
+def _put(temporary: Path, folder: Path) -> Path:
+    """Sum up the files of a folder and put it in the place of another."""
     sums = "".join(f"{sha256(path)}  {path.name}\n" for path in sorted(temporary.iterdir()))
     (temporary / SUMS_NAME).write_text(sums)
     for path in temporary.iterdir():
+        path.chmod(0o644)
         fsync(path)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
@@ -93,6 +126,16 @@ def training_digests(folder: Path) -> NDArray[np.uint64] | None:
     return np.load(folder / DIGESTS_NAME, allow_pickle=False) if DIGESTS_NAME in check_sums(folder) else None
 
 
+def read_properties(folder: Path) -> PropertyHeads | None:
+    """What reads properties off a bundle's latents; None where none were fitted. Raises ModelError as `read_bundle` does."""
+    if PROPERTIES_NAME not in check_sums(folder):
+        return None
+    with torch.random.fork_rng(devices=[]):
+        heads = PropertyHeads.from_config(json.loads((folder / CONFIG_NAME).read_text())["properties"])
+    heads.load_state_dict(load_file(folder / PROPERTIES_NAME))
+    return heads.requires_grad_(False).eval()
+
+
 def start_from(folder: Path, grid: GridSpec, model: ModelConfig, elements: tuple[int, ...]) -> CrystalAutoencoder:
     """The model of a bundle, standardisation included, for a new run. Raises ModelError where it isn't of the run's kind."""
     found = read_bundle(folder)[0]
@@ -116,7 +159,7 @@ def check_sums(folder: Path) -> dict[str, str]:
     except OSError:
         raise ModelError(f"{folder} is no model bundle: it has no {SUMS_NAME}") from None
     named = {name: digest for digest, name in (line.partition("  ")[::2] for line in lines)}
-    for name in (CONFIG_NAME, WEIGHTS_NAME, *({DIGESTS_NAME} & named.keys())):
+    for name in (CONFIG_NAME, WEIGHTS_NAME, *({DIGESTS_NAME, PROPERTIES_NAME} & named.keys())):
         path = folder / name
         if not path.is_file() or named.get(name) != sha256(path):
             raise ModelError(f"bundle file {path} is missing or differs from {SUMS_NAME}: fetch the bundle again")

@@ -21,7 +21,7 @@ from dist_train.crystal.structure import Crystal
 from dist_train.crystal.voxelize import Shape, voxelize
 from dist_train.errors import CrystalError
 from dist_train.models.autoencoder import CrystalAutoencoder, Standardiser, cell_numbers, cell_parameters, check_grid
-from dist_train.models.vae import Decoding, shape_of
+from dist_train.models.vae import Decoding, Latent, shape_of
 
 
 @dataclass(frozen=True)
@@ -57,18 +57,23 @@ class Codec:
         self.channel, self.channel_place = check_grid(model.grid)
         self._atomic_number = torch.tensor((0, *model.elements), dtype=torch.uint8, device=self.device)
 
-    @torch.inference_mode()
     def encode(self, crystals: Sequence[Crystal]) -> Tensor:
         """[B, latent] posterior means (float32). Raises CrystalError for a crystal that the grid can't hold."""
+        return self.posterior(crystals).mean
+
+    @torch.inference_mode()
+    def posterior(self, crystals: Sequence[Crystal]) -> Latent:
+        """Float32 posteriors. Raises CrystalError for a crystal that the grid can't hold."""
         grids = [voxelize(self.centred(crystal), self.model.grid).density_CDHW for crystal in crystals]
         cell = torch.from_numpy(cell_numbers(np.stack([crystal.lengths_angles for crystal in crystals])))
-        means = torch.empty(len(crystals), self.model.model.latent_size, device=self.device)
+        found = torch.empty(2, len(crystals), self.model.model.latent_size, device=self.device)
         for places in _of_one([grid.shape for grid in grids]):
             density = torch.from_numpy(np.stack([grids[place] for place in places]))
             if density[0, 0].numel() <= SMALL:
                 density = filled(density)
-            means[places] = self.latents(density, filled(cell[places])[: len(density)])[: len(places)]
-        return means
+            latent = self._posterior(density, filled(cell[places])[: len(density)])
+            found[:, places] = torch.stack(latent)[:, : len(places)]
+        return Latent(*found)
 
     def centred(self, crystal: Crystal) -> Crystal:
         """The crystal; for a unit with its atoms in the middle of the cube, where `frames.placed` has them."""
@@ -80,8 +85,12 @@ class Codec:
     @torch.inference_mode()
     def latents(self, density_BCDHW: Tensor, cell_B6: Tensor) -> Tensor:
         """[B, latent] posterior means (float32) of grids and cell numbers in physical units (see `CrystalBatch`)."""
+        return self._posterior(density_BCDHW, cell_B6).mean
+
+    def _posterior(self, density_BCDHW: Tensor, cell_B6: Tensor) -> Latent:
         density = self.scale.density(density_BCDHW.to(self.device))
-        return self.model.encode(density, self.scale.cell(cell_B6.to(self.device))).mean.float()
+        found = self.model.encode(density, self.scale.cell(cell_B6.to(self.device)))
+        return Latent(found.mean.float(), found.log_variance.float())
 
     @torch.inference_mode()
     def shapes(self, latent_BL: Tensor) -> list[Shape | str]:

@@ -137,8 +137,12 @@ class Decoder(nn.Module):
             self.root(latent, shape), (-(-d // self.multiple), -(-h // self.multiple), -(-w // self.multiple))
         )
         density = run(self.recompute, self.out, run_layers(self.recompute, self.up, grid))
-        composition = self.atoms(latent[:, : self.n_vector])[:, 1:]
-        return Decoding(density[:, :, :d, :h, :w], composition, *self.numbers(latent))
+        return Decoding(density[:, :, :d, :h, :w], self.composition(latent), *self.numbers(latent))
+
+    def composition(self, latent: Tensor) -> Tensor:
+        """[B, E] atoms of each element, of the latent's vector alone."""
+        composition: Tensor = self.atoms(latent[:, : self.n_vector])[:, 1:]
+        return composition
 
     def numbers(self, latent: Tensor) -> Numbers:
         """Of the latent's vector alone: how its grid is to be read follows from them."""
