@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_train.crystal.decode import Decoded
+from dist_train.crystal.density_files import channel_names
 from dist_train.crystal.frames import spacing_A
 from dist_train.crystal.lattice import FloatArray, from_lengths_angles
 from dist_train.crystal.structure import Crystal
 from dist_train.crystal.voxelize import Shape, voxelize
-from dist_train.inspect_sample import channel_names
 from dist_train.report import Density, Volume
 
 if TYPE_CHECKING:  # torch isn't wanted where a page is only written

@@ -8,15 +8,13 @@ from pathlib import Path
 
 from dist_train.crystal.cif import write_cif
 from dist_train.crystal.decode import Decoded
-from dist_train.crystal.metrics import structure_valid
+from dist_train.crystal.metrics import shortest_distance, structure_valid
 from dist_train.crystal.structure import Crystal
-from dist_train.inspect_sample import shortest_distance, space_group
+from dist_train.crystal.symmetry import TOLERANCE_A, space_group
 from dist_train.report import Density, Pair, Table, View, write_report
 
 MAX_SHOWN = 200
 """Crystals in 3-D in a page, and so many times ten rows in its table; the CIF files are all."""
-SYMPREC_A = 0.1
-"""Tolerance of a decoded crystal's space group, that of `crystal_system`."""
 COLUMNS = (
     "id", "formula", "atoms", "space group", "volume, A^3", "least distance, A", "valid", "least confidence", "verdict",
 )  # fmt: skip
@@ -48,11 +46,13 @@ def write_generation_report(
     heading: str = "Reconstructions",
     labels: tuple[str, str] = ("true", "reconstructed"),
     densities: Sequence[Density] = (),
+    tables: Sequence[Table] = (),
 ) -> None:
     """Write the page of a generation. Failed outputs stay in it, with their reasons.
 
     Outputs with a crystal `before` are shown beside it, under `heading` and `labels`; others in a gallery or, where they are
-    the steps of a path, as an animation. rows: of the table, under `columns`; without them, `output_row` of each.
+    the steps of a path, as an animation. rows: of the table, under `columns`; without them, `output_row` of each. tables:
+    others, below it.
     """
     table = [output_row(output) for output in outputs[: 10 * MAX_SHOWN]] if rows is None else rows[: 10 * MAX_SHOWN]
     if rows is None and not any(row[-1] for row in table):  # a column of verdicts where none was made
@@ -65,7 +65,7 @@ def write_generation_report(
         path,
         title=title,
         summary=summary,
-        tables=[table for table in (figures, crystals) if table.rows],
+        tables=[table for table in (figures, crystals, *tables) if table.rows],
         pairs=output_pairs(shown, labels),
         pairs_title=heading,
         densities=densities,
@@ -81,7 +81,7 @@ def output_row(output: Output) -> tuple[object, ...]:
         return (output.id, *[None] * (len(COLUMNS) - 2), output.verdict or output.decoded.reason)
     confidence = output.decoded.confidence_N
     return (
-        output.id, crystal.formula, len(crystal), space_group(crystal, SYMPREC_A), crystal.volume_A3,
+        output.id, crystal.formula, len(crystal), str(space_group(crystal) or "not found"), crystal.volume_A3,
         shortest_distance(crystal), "yes" if structure_valid(crystal) else "no",
         float(confidence.min()) if len(confidence) else None, output.verdict,
     )  # fmt: skip
@@ -110,7 +110,7 @@ def _told(listed: int, n: int) -> str:
     """The caption of the table of n crystals."""
     return " ".join(
         (
-            f"Space groups hold within {SYMPREC_A} A, least distances for images, too; valid: no two atoms within 0.5 A; "
+            f"Space groups hold within {TOLERANCE_A} A, least distances for images, too; valid: no two atoms within 0.5 A; "
             "least confidence: share of votes of the least certain atom.",
             *([f"The first {listed} of {n} are listed."] if listed < n else []),
             *([f"The first {MAX_SHOWN} are shown in 3-D."] if n > MAX_SHOWN else []),

@@ -20,7 +20,7 @@ from dist_train.crystal.cif import parse_cif, write_cif, write_symmetric_cif
 from dist_train.crystal.decode import Decoded
 from dist_train.crystal.extxyz import to_extxyz
 from dist_train.crystal.interop import density_g_cm3
-from dist_train.crystal.metrics import possible
+from dist_train.crystal.metrics import possible, shortest_distance
 from dist_train.crystal.parallel import parallel_map
 from dist_train.crystal.relax import Calculator, Relaxed, relax
 from dist_train.crystal.structure import Crystal
@@ -28,7 +28,7 @@ from dist_train.crystal.symmetry import EXACT_A, TOLERANCE_A, SpaceGroup, conven
 from dist_train.errors import CrystalError, kind_of
 from dist_train.files import atomic_path, write_text
 from dist_train.progress import Stages
-from dist_train.screens import Screens, nearest_A
+from dist_train.screens import Screens
 
 CRYSTALS_PER_PROCESS = 512
 """Fewer are done before another process is there to help."""
@@ -161,7 +161,9 @@ def _describe(result: Result, tolerance_A: float) -> Result:
         with suppress(CrystalError):  # the operations, where rounded coordinates make them give another number of atoms
             if len(parse_cif(text, crystal.id, len(setting.crystal))) == len(setting.crystal):
                 symmetric = text
-    return replace(result, group=space_group(crystal, tolerance_A), nearest_A=nearest_A(crystal), symmetric=symmetric)
+    return replace(
+        result, group=space_group(crystal, tolerance_A), nearest_A=shortest_distance(crystal), symmetric=symmetric
+    )
 
 
 # Figures and files

@@ -5,7 +5,6 @@ A crystal is taken as it lies in the grid, turned and moved as the sample is. Wh
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import pi
@@ -13,7 +12,6 @@ from typing import Literal
 
 import matplotlib
 import numpy as np
-import spglib
 from matplotlib.axes import Axes
 from matplotlib.collections import EllipseCollection
 from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap, Normalize
@@ -25,11 +23,14 @@ from scipy.optimize import linear_sum_assignment
 from dist_train.config import GridSpec
 from dist_train.crystal import kernels
 from dist_train.crystal.decode import decode
+from dist_train.crystal.density_files import channel_names
 from dist_train.crystal.elements import SYMBOLS
 from dist_train.crystal.frames import spacing_A
 from dist_train.crystal.interop import to_pymatgen
-from dist_train.crystal.lattice import FloatArray, compact_lattice, periodic_distances, shortest_distances
+from dist_train.crystal.lattice import FloatArray, compact_lattice, periodic_distances
+from dist_train.crystal.metrics import shortest_distance
 from dist_train.crystal.structure import Crystal, wrap
+from dist_train.crystal.symmetry import space_group
 from dist_train.crystal.voxelize import code_table, voxelize
 from dist_train.figures import png_bytes
 
@@ -37,21 +38,9 @@ SYMPREC_A = 0.01
 """Tolerance of the space group in angstrom, spglib's usual one."""
 EXACT_A = 0.1
 """Largest displacement in angstrom of an atom that still counts as given back."""
-_PACKING = 1.13
-"""Shortest distance times cube root of the number density: 1.123 in the densest packing of spheres, less elsewhere."""
 
 Density = NDArray[np.floating]
 Species = NDArray[np.integer]
-
-
-def channel_names(spec: GridSpec) -> list[str]:
-    """A name for each density channel: the kind, numbered where it has several ('period 1' to 'period 7')."""
-    names: list[str] = []
-    for kind in spec.channels:
-        one = {"channels": (kind,), "element_table": spec.element_table if kind == "table" else ()}
-        size = code_table(spec.model_copy(update=one)).shape[1]
-        names += [kind] if size == 1 else [f"{kind} {i}" for i in range(1, size + 1)]
-    return names
 
 
 def inspect_sample(density_CDHW: Density | None, species_DHW: Species | None, crystal: Crystal, spec: GridSpec) -> str:
@@ -71,31 +60,13 @@ def inspect_sample(density_CDHW: Density | None, species_DHW: Species | None, cr
         ("volume", f"{crystal.volume_A3:.3f} A^3, {crystal.volume_A3 / len(crystal):.3f} A^3 per atom"),
         ("density", f"{float(to_pymatgen(crystal).density):.3f} g/cm^3"),
         ("shortest distance", f"{shortest_distance(crystal):.4f} A between two atoms, images included"),
-        ("space group", f"{space_group(crystal)}, within {SYMPREC_A} A"),
+        ("space group", f"{space_group(crystal, SYMPREC_A) or 'not found'}, within {SYMPREC_A} A"),
         ("grid", f"{spec.frame}, {_times(species.shape)} voxels of {_times(f'{step:.4f}' for step in steps)} A, {origin}"),
         *_channel_rows(density, crystal, spec, abs(float(np.linalg.det(_extent(species.shape, crystal, spec))))),
         *_species_rows(species),
         ("decoded", decoded_text(density, species, crystal, spec)),
     ]
     return "\n".join(f"{name:<18} {value}" for name, value in rows)
-
-
-def shortest_distance(crystal: Crystal) -> float:
-    """Shortest distance in angstrom between two atoms, periodic images included, an atom's own too."""
-    # No packing of spheres fills more than 74 % of space, which bounds the distance.
-    bound = _PACKING * (crystal.volume_A3 / len(crystal)) ** (1 / 3)
-    return min(shortest_distances(compact_lattice(crystal.lattice_A), crystal.cart_N3, crystal.numbers_N, bound))
-
-
-def space_group(crystal: Crystal, symprec_A: float = SYMPREC_A) -> str:
-    """International symbol and number of the space group, such as 'Pm-3m (221)', or 'not found'."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # see `lattice.niggli`
-        try:
-            found = spglib.get_spacegroup((crystal.lattice_A, crystal.frac_N3, crystal.numbers_N), symprec=symprec_A)
-        except spglib.error.SpglibError:
-            found = None
-    return found or "not found"
 
 
 def decoded_text(density_CDHW: Density, species_DHW: Species, crystal: Crystal, spec: GridSpec) -> str:

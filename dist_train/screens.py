@@ -10,8 +10,7 @@ import numpy as np
 
 from dist_train.crystal.digest import digests_near
 from dist_train.crystal.interop import MIN_DISTANCE_A, primitive_niggli, same_structure
-from dist_train.crystal.lattice import compact_lattice, shortest_distances
-from dist_train.crystal.metrics import structure_valid
+from dist_train.crystal.metrics import shortest_distance, structure_valid
 from dist_train.crystal.structure import Crystal
 from dist_train.crystal.validity import chemistry, composition_valid
 from dist_train.errors import ConfigError, CrystalError
@@ -49,7 +48,7 @@ class Screens:
             yield next(((name, reason) for name, check in asked if (reason := check(crystal))), KEPT)
 
     def _too_near(self, crystal: Crystal) -> str:
-        nearest = nearest_A(crystal)
+        nearest = shortest_distance(crystal)
         return f"two atoms {nearest:.3f} A apart, {self.distance_A:g} A are asked for" if nearest < self.distance_A else ""
 
     def _known(self, crystal: Crystal) -> str:
@@ -77,15 +76,12 @@ def parse_screens(texts: Sequence[str]) -> tuple[tuple[str, ...], float]:
     return tuple(dict.fromkeys(names)), distance
 
 
-def nearest_A(crystal: Crystal) -> float:
-    """Shortest distance in angstrom between two atoms of a possible crystal, of a cell or of two neighbouring ones."""
-    lattice = compact_lattice(crystal.lattice_A)
-    cutoff = 1.001 * float(np.linalg.norm(lattice, axis=1).min())  # an atom's own image is as near as that
-    return min(shortest_distances(lattice, crystal.cart_N3, crystal.numbers_N, cutoff))
-
-
 def _invalid(crystal: Crystal) -> str:
-    return "" if structure_valid(crystal) else f"two atoms {nearest_A(crystal):.3f} A apart, less than {MIN_DISTANCE_A} A"
+    return (
+        ""
+        if structure_valid(crystal)
+        else f"two atoms {shortest_distance(crystal):.3f} A apart, less than {MIN_DISTANCE_A} A"
+    )
 
 
 def _unbalanced(crystal: Crystal) -> str:

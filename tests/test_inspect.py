@@ -16,16 +16,16 @@ from matplotlib.figure import Figure
 
 from dist_train import inspect_sample as module
 from dist_train.config import GridSpec
+from dist_train.crystal.density_files import channel_names
 from dist_train.crystal.frames import placed, representable
+from dist_train.crystal.metrics import shortest_distance
 from dist_train.crystal.structure import Crystal
+from dist_train.crystal.symmetry import space_group
 from dist_train.crystal.voxelize import VoxelGrid, voxelize
 from dist_train.inspect_sample import (
-    channel_names,
     decoded_text,
     inspect_sample,
     sample_figure,
-    shortest_distance,
-    space_group,
 )
 
 ADAPTIVE = GridSpec(shape="adaptive", max_voxels=2**18)
@@ -111,9 +111,9 @@ def test_the_shortest_distance_counts_images(sample_table: Table, random_crystal
 def test_the_space_group_is_found_or_said_to_be_not() -> None:
     frac = np.array([[0, 0, 0], [0.5, 0.5, 0.5], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]])
     cubic = Crystal("SrTiO3", 3.905 * np.eye(3), frac, np.array([38, 22, 8, 8, 8]))
-    assert space_group(cubic) == "Pm-3m (221)"
-    assert space_group(replace(cubic, numbers_N=np.array([38, 22, 8, 8, 9]))) != "Pm-3m (221)"
-    assert space_group(replace(cubic, frac_N3=np.zeros((5, 3)))) == "not found"
+    assert str(space_group(cubic)) == "Pm-3m (221)"
+    assert space_group(replace(cubic, numbers_N=np.array([38, 22, 8, 8, 9]))) != space_group(cubic)
+    assert space_group(replace(cubic, frac_N3=np.zeros((5, 3)))) is None
 
 
 def test_the_decoder_is_compared_with_the_structure(perovskite: Crystal) -> None:
@@ -150,7 +150,7 @@ def test_channels_are_named_and_numbered() -> None:
     spec = GridSpec.model_validate(
         {"channels": ["z_density", "period", "table"], "element_table": {"O": [1, 2], "Ti": [0, 1]}}
     )
-    assert channel_names(spec) == ["z_density", *(f"period {i}" for i in range(1, 8)), "table 1", "table 2"]
+    assert channel_names(spec) == ["z_density", *(f"period-{i}" for i in range(1, 8)), "table-1", "table-2"]
     assert len(channel_names(GridSpec(channels=("group", "f_block", "occupancy")))) == 18 + 14 + 1
 
 

@@ -6,7 +6,7 @@ import csv
 import json
 import platform
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -33,14 +33,17 @@ from dist_train.crystal.density_files import channel_names, in_box, to_chgcar, t
 from dist_train.crystal.frames import representable
 from dist_train.crystal.relax import make_calculator
 from dist_train.crystal.structure import Crystal
+from dist_train.densities import generated_densities
 from dist_train.errors import ConfigError, CrystalError, DataError, ModelError
 from dist_train.files import STAGE_NAME, sha256, staged, write_text
 from dist_train.generate import altered_latents, decode, encode, interpolate_latents, sample_latents
-from dist_train.generated import Finish, Result, counts, finished, processes, result_of, write_files
+from dist_train.generate_report import Output, write_generation_report
+from dist_train.generated import COLUMNS, Finish, Result, counts, finished, processes, result_of, write_files
 from dist_train.models.export import SUMS_NAME, read_bundle, read_properties, training_digests
 from dist_train.models.properties import PropertyHeads
 from dist_train.models.reconstruct import BATCH, Codec
 from dist_train.progress import Stages
+from dist_train.report import Table
 from dist_train.screens import Screens, parse_screens
 from dist_train.shards.discover import read_inputs
 from dist_train.steer import ROUNDS, Atoms, move_along
@@ -55,6 +58,12 @@ OUTPUTS = (
 UNSAID = ("model", "tracking_uri", "out", "task", "seed", "workers")
 """Options that change no crystal, or stand elsewhere in metrics.json."""
 
+PAGE_COLUMNS = (
+    "id", "status", "formula", "atoms", "volume_A3", "density_g_cm3", "nearest_A", "space_group", "confidence",
+    "energy_eV_per_atom", "reason",
+)  # fmt: skip
+"""Those of crystals.csv that are in the page, where they aren't empty."""
+PAGE_DENSITIES, SUMMARY_LINES = 4, 6
 LISTED, LEAST_SHOWN = 20, 32
 """Failed crystals that are told one by one; crystals below which there is no progress bar, unless they are relaxed."""
 
@@ -206,9 +215,59 @@ def generate(options: GenerateOptions) -> Generation:
         if told:
             with (stage / "properties.csv").open("w", newline="") as stream:
                 csv.writer(stream, lineterminator="\n").writerows([PROPERTY_COLUMNS, *told])
+        with stages.stage("page", len(results)) as bar:
+            _write_page(stage / "report.html", Generation(options, results, rows, metrics, lines), codec, asked, told)
+            bar.update(len(results))
         metrics["seconds"] = {name: round(seconds, 2) for name, seconds in stages.seconds.items()}
         write_text(stage / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     return Generation(options, results, rows, metrics, lines)
+
+
+def _write_page(
+    path: Path, generation: Generation, codec: Codec, asked: Sequence[_Asked], told: Sequence[PropertyRow]
+) -> None:
+    """All that was made, as `generated` left it, with the decoded densities of the first few."""
+    options, metrics, results = generation.options, generation.metrics, generation.results
+    outputs = [
+        Output(
+            result.id,
+            replace(result.decoded, crystal=result.crystal, reason=result.reason),
+            result.original,
+            f"screened out: {result.reason}" if result.screen else "",
+        )
+        for result in results
+    ]
+    dense = [
+        (result, item.latent_L)
+        for result, item in zip(results, asked, strict=True)
+        if result.status == "written" and isinstance(item.latent_L, Tensor)
+    ][:PAGE_DENSITIES]
+    densities = (
+        generated_densities(
+            codec,
+            [result.title for result, _ in dense],
+            torch.stack([latent_L for _, latent_L in dense]),
+            [result.decoded for result, _ in dense],
+        )
+        if dense
+        else []
+    )
+    shown = [place for place, name in enumerate(COLUMNS) if name in PAGE_COLUMNS]
+    full = [place for place in shown if any(row[place] not in (None, "") for row in generation.rows)]
+    write_generation_report(
+        path,
+        title=generation.title,
+        summary=" ".join(f"{line.strip().rstrip('.:')}." for line in summary(generation).splitlines()[:SUMMARY_LINES]),
+        outputs=outputs,
+        metrics={name: value for name, value in metrics.items() if isinstance(value, int | float)},
+        columns=[COLUMNS[place].replace("_", " ") for place in full],
+        rows=[[row[place] for place in full] for row in generation.rows],
+        is_path=options.task == "interpolate",
+        heading="Reconstructions" if options.task == "reconstruct" else "Before and after",
+        labels=("true", "reconstructed") if options.task == "reconstruct" else ("before", "after"),
+        densities=densities,
+        tables=[Table("Properties", PROPERTY_COLUMNS, tuple(map(tuple, told)), "Read off latents by the model's heads.")],
+    )
 
 
 def _made_of(atoms: Atoms, results: Sequence[Result]) -> int:

@@ -18,7 +18,7 @@ from dist_train.models.reconstruct import Codec
 from dist_train.steer import Atoms, atoms_cost, atoms_of, property_cost, search
 from dist_train.tables import beware
 
-PROPERTY_COLUMNS = ("id", "property", "aim", "before", "at_latent", "spread", "decoded")
+PROPERTY_COLUMNS = ("id", "formula", "property", "aim", "before", "at_latent", "spread", "decoded")
 """Of properties.csv. aim: a target's value, or standard deviations to go; before: of the known crystal; at_latent, spread:
 mean and standard deviation of the heads at the latent that was decoded; decoded: their mean for the crystal it gave."""
 
@@ -27,6 +27,7 @@ class PropertyRow(NamedTuple):
     """See `PROPERTY_COLUMNS`."""
 
     id: str
+    formula: str
     name: str
     aim: float
     before: float | None
@@ -93,12 +94,9 @@ def property_rows(
                 after = None
         for name, aim in aims.items():
             p = heads.place(name)
-            found.append(
-                PropertyRow(
-                    id, name, aim, None if before is None else float(before[p]), float(at.value_NP[0, p]),
-                    float(at.spread_NP[0, p]), None if after is None else float(after[p]),
-                )
-            )  # fmt: skip
+            value, spread = float(at.value_NP[0, p]), float(at.spread_NP[0, p])
+            known, made = (None if values is None else float(values[p]) for values in (before, after))
+            found.append(PropertyRow(id, crystal.formula if crystal else "", name, aim, known, value, spread, made))
     return found
 
 
@@ -119,7 +117,7 @@ def property_lines(heads: PropertyHeads, rows: Sequence[PropertyRow], targets: b
         for row in own[:listed]:
             numbers = (*(() if targets else (row.before,)), row.at_latent, row.spread, row.decoded)
             cells = ["-" if number is None else f"{number:.4g}" for number in numbers]
-            lines.append(f"  {row.id}".ljust(44) + "".join(f"{cell:>11}" for cell in cells))
+            lines.append(f"  {row.id}  {row.formula or 'no crystal'}".ljust(44) + "".join(f"{cell:>11}" for cell in cells))
         lines += [f"  and {len(own) - listed} more, see properties.csv"] * (len(own) > listed)
         made = [abs(row.decoded - row.aim) for row in own if row.decoded is not None]
         if targets and made:

@@ -13,13 +13,15 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from dist_train.crystal.interop import match_rms
-from dist_train.crystal.lattice import FloatArray, compact_lattice, periodic_distances, too_thin
+from dist_train.crystal.lattice import FloatArray, compact_lattice, periodic_distances, shortest_distances, too_thin
 from dist_train.crystal.parallel import parallel_map
 from dist_train.crystal.structure import Crystal
 from dist_train.crystal.validity import composition_valid, smact_installed
 from dist_train.errors import CrystalError
 
 VALID_DISTANCE_A = 0.5
+_PACKING = 1.13
+"""Shortest distance times cube root of the number density: 1.123 in the densest packing of spheres, less elsewhere."""
 MAX_CHUNK = 64
 
 Pair = tuple[Crystal, Crystal | None]
@@ -191,3 +193,10 @@ def _distances_in_true_cell(true: Crystal, predicted: Crystal) -> FloatArray:
     lattice = compact_lattice(true.lattice_A)
     change = true.lattice_A @ np.linalg.inv(lattice)
     return periodic_distances(lattice, true.frac_N3 @ change, predicted.frac_N3 @ change)
+
+
+def shortest_distance(crystal: Crystal) -> float:
+    """Shortest distance in angstrom between two atoms of a possible crystal, periodic images included, an atom's own too."""
+    # No packing of spheres fills more than 74 % of space, which bounds the distance.
+    bound = _PACKING * (crystal.volume_A3 / len(crystal)) ** (1 / 3)
+    return min(shortest_distances(compact_lattice(crystal.lattice_A), crystal.cart_N3, crystal.numbers_N, bound))

@@ -33,6 +33,9 @@ class SpaceGroup(NamedTuple):
     number: int
     symbol: str
 
+    def __str__(self) -> str:
+        return f"{self.symbol} ({self.number})"
+
     @property
     def system(self) -> str:
         """The crystal system."""
