@@ -57,7 +57,7 @@ def write_generation_report(
     table = [output_row(output) for output in outputs[: 10 * MAX_SHOWN]] if rows is None else rows[: 10 * MAX_SHOWN]
     if rows is None and not any(row[-1] for row in table):  # a column of verdicts where none was made
         columns, table = columns[:-1], [row[:-1] for row in table]
-    crystals = Table("Crystals", tuple(columns), tuple(map(tuple, table)), _told(len(table), len(outputs)))
+    crystals = Table("Crystals", tuple(columns), tuple(map(tuple, table)), _told(len(table), len(outputs), rows is None))
     figures = Table("Figures", ("figure", "value"), tuple((metrics or {}).items()))
     shown = outputs[:MAX_SHOWN]
     alone = [view(output.id, output.decoded) for output in shown if output.before is None]
@@ -106,12 +106,15 @@ def _pair(output: Output, before: Crystal, labels: tuple[str, str]) -> Pair:
     return Pair(name, write_cif(before), after, *labels, note=reason if crystal is None else "")
 
 
-def _told(listed: int, n: int) -> str:
-    """The caption of the table of n crystals."""
+def _told(listed: int, n: int, own: bool) -> str:
+    """The caption of the table of n crystals, of `output_row`s or of others."""
+    columns = (
+        f"Space groups hold within {TOLERANCE_A} A, least distances for images, too; valid: no two atoms within 0.5 A; "
+        "least confidence: share of votes of the least certain atom."
+    )
     return " ".join(
         (
-            f"Space groups hold within {TOLERANCE_A} A, least distances for images, too; valid: no two atoms within 0.5 A; "
-            "least confidence: share of votes of the least certain atom.",
+            *([columns] if own else []),
             *([f"The first {listed} of {n} are listed."] if listed < n else []),
             *([f"The first {MAX_SHOWN} are shown in 3-D."] if n > MAX_SHOWN else []),
         )

@@ -31,6 +31,7 @@ from dist_train.crystal.decode import Decoded
 from dist_train.crystal.density_files import channel_names, to_chgcar, to_cube
 from dist_train.crystal.elements import NUMBERS
 from dist_train.crystal.interop import from_ase, same_crystal
+from dist_train.crystal.metrics import shortest_distance
 from dist_train.crystal.relax import make_calculator, relax
 from dist_train.crystal.structure import Crystal
 from dist_train.crystal.symmetry import EXACT_A, snapped, space_group
@@ -42,7 +43,7 @@ from dist_train.generated import COLUMNS, Finish, finished, result_of
 from dist_train.models.export import SUMS_NAME, read_bundle, training_digests
 from dist_train.models.reconstruct import Codec
 from dist_train.progress import Stages
-from dist_train.screens import Screens, nearest_A
+from dist_train.screens import Screens
 from dist_train.serving import answer
 
 ROOT = Path(__file__).parents[1]
@@ -135,6 +136,7 @@ def test_a_folder_is_replaced_only_where_it_holds_a_generation(tmp_path: Path) -
     made(tmp_path / "out", "sample", n=2)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "note.txt", "cifs", "cifs_symmetrized", "crystals.csv", "crystals.extxyz", "crystals.zip", "metrics.json",
+        "report.html",
     }  # fmt: skip
     assert len(list((tmp_path / "out" / "cifs").iterdir())) == 2
     assert [crystal.id for crystal in read_crystals([str(tmp_path / "out")], GridSpec())] == [
@@ -334,8 +336,8 @@ def test_screens_count_what_they_take_out(tmp_path: Path, codec: Codec) -> None:
     assert [result.reason for result in done[1:4]] == [
         "like cubic", "two atoms 0.400 A apart, less than 0.5 A", "two atoms 0.800 A apart, 1 A are asked for",
     ]  # fmt: skip
-    assert nearest_A(CUBIC) == pytest.approx(2 * 3**0.5)
-    assert nearest_A(replace(CUBIC, lattice_A=np.diag([4, 4, 1.5]))) == pytest.approx(1.5), "an atom's own image"
+    assert shortest_distance(CUBIC) == pytest.approx(2 * 3**0.5)
+    assert shortest_distance(replace(CUBIC, lattice_A=np.diag([4, 4, 1.5]))) == pytest.approx(1.5), "an atom's own image"
 
 
 def test_screened_crystals_stay_in_the_table(tmp_path: Path) -> None:
@@ -347,19 +349,19 @@ def test_screened_crystals_stay_in_the_table(tmp_path: Path) -> None:
 
 
 def test_crystals_that_it_was_trained_on_are_not_novel(tmp_path: Path) -> None:
-    """What carbon_24 makes again of its own training crystals is mostly known by its digest."""
-    table = str(ROOT / "data" / "benchmarks" / "carbon_24_val.parquet")
-    codec = Codec(read_bundle(Path(CARBON))[0])
+    """What perov_5 makes again of crystals that it was trained on is mostly known by its digest."""
+    table = str(ROOT / "data" / "sample" / "perov_5.parquet")
+    codec = Codec(read_bundle(Path(PEROV))[0])
     crystals = read_crystals([table], codec.model.grid)[:12]
     ids = [crystal.id for crystal in crystals]
     from dist_train.crystal.frames import representable
 
     again = list(decode(codec, encode(codec, [representable(c, codec.model.grid) for c in crystals]), ids))
-    known = training_digests(Path(CARBON))
+    known = training_digests(Path(PEROV))
     assert known is not None
     screens = Screens(("novel",), known=frozenset(known.tolist()))
     taken = [screen for screen, _ in screens.verdicts([decoded.crystal for decoded in again if decoded.crystal])]
-    assert taken.count("novel") >= 8
+    assert taken.count("novel") >= 4
 
 
 # Symmetry
@@ -517,7 +519,7 @@ LARGE = min((CIFS / "mp2025_n101_up").glob("*.cif"))
         ("reconstruct", {"inputs": []}, "takes some crystals, 0 were given"),
         ("interpolate", {"inputs": [KNOWN]}, "takes two crystals or more, 1 is given"),
         ("interpolate", {"inputs": [KNOWN, LARGE]}, "is allowed"),
-        ("alter", {"inputs": [KNOWN]}, "has nothing to do: give --replace, --scale or --perturb"),
+        ("alter", {"inputs": [KNOWN]}, "has nothing to do: give --replace, --scale, --along or --perturb"),
         ("alter", {"inputs": [KNOWN], "replace": ["Sn"]}, "give OLD=NEW"),
         ("alter", {"inputs": [KNOWN], "replace": ["Sn=Q"]}, "'Q' is no element"),
         ("alter", {"inputs": [KNOWN], "replace": ["Sn=U"]}, "the model was trained without U, it knows Li Be"),

@@ -109,7 +109,7 @@ def test_the_channel_of_places_comes_first_and_cubes_are_no_cells(crystals: list
     statistics = Statistics((0.0,) * 8, (1.0,) * 8, (1.0,) * 6, (0.1,) * 6, 1.6, 0.1)
     codec = Codec(CrystalAutoencoder(spec, sizes, tuple(crystals[0].composition), statistics))
     (found,) = reconstructed_densities(codec, ["x"], crystals[:1], [FAILED])
-    assert found.channels == ("occupancy", *(f"period {i}" for i in range(1, 8)))
+    assert found.channels == ("occupancy", *(f"period-{i}" for i in range(1, 8)))
     density = voxelize(crystals[0], spec).density_CDHW
     true, decoded = found.volumes
     assert (true.density_CDHW[0] == density[7]).all() and (true.density_CDHW[1:] == density[:7]).all()

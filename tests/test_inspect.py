@@ -75,7 +75,7 @@ def test_the_numbers_are_those_of_structure_and_grid(perovskite: Crystal) -> Non
     spacing = perovskite.lengths_angles[0] / 32
     assert rows["grid"].startswith(f"cell, 32 x 32 x 32 voxels of {spacing:.4f}")
     assert rows["grid"].endswith("as stored")
-    for name, values, heights in zip(("occupancy", "period 2"), density[[0, 2]], (np.ones(5), perovskite.numbers_N < 11)):
+    for name, values, heights in zip(("occupancy", "period-2"), density[[0, 2]], (np.ones(5), perovskite.numbers_N < 11)):
         told = re.search(rf"^ +{name} +(.*)$", text, re.MULTILINE)
         assert told is not None
         values = values.astype(np.float64)

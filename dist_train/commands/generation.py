@@ -63,7 +63,7 @@ PAGE_COLUMNS = (
     "energy_eV_per_atom", "reason",
 )  # fmt: skip
 """Those of crystals.csv that are in the page, where they aren't empty."""
-PAGE_DENSITIES, SUMMARY_LINES = 4, 6
+PAGE_DENSITIES = 4
 LISTED, LEAST_SHOWN = 20, 32
 """Failed crystals that are told one by one; crystals below which there is no progress bar, unless they are relaxed."""
 
@@ -257,7 +257,7 @@ def _write_page(
     write_generation_report(
         path,
         title=generation.title,
-        summary=" ".join(f"{line.strip().rstrip('.:')}." for line in summary(generation).splitlines()[:SUMMARY_LINES]),
+        summary="; ".join(line for line in _counted(generation) if not line.startswith(" ")) + ".",
         outputs=outputs,
         metrics={name: value for name, value in metrics.items() if isinstance(value, int | float)},
         columns=[COLUMNS[place].replace("_", " ") for place in full],
@@ -445,8 +445,14 @@ def _densities(
 
 def summary(generation: Generation) -> str:
     """What became of all crystals, for the terminal."""
-    metrics, out = generation.metrics, generation.options.out
-    lines = [f"{metrics['n_written']} of {metrics['n_asked']} crystals written to {out}"]
+    first, *others = _counted(generation)
+    return "\n  ".join([f"{first} to {generation.options.out}", *others, *generation.lines])
+
+
+def _counted(generation: Generation) -> list[str]:
+    """How many crystals were written, screened out, failed, and what they are; lines that begin with spaces are details."""
+    metrics = generation.metrics
+    lines = [f"{metrics['n_written']} of {metrics['n_asked']} crystals written"]
     if generation.options.screens:
         told = ", ".join(f"{name} {count}" for name, count in metrics["screened_out"].items())
         lines.append(f"{metrics['n_screened_out']} screened out: {told}")
@@ -473,5 +479,4 @@ def summary(generation: Generation) -> str:
             f"{runs['n_relaxed']} relaxed, {runs['n_stopped']} stopped after {steps} steps, {runs['n_failed']} failed"
         )
         lines += [f"  {count}: {reason}" for reason, count in runs["failed"].items()]
-    lines += generation.lines
-    return "\n  ".join(lines)
+    return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -204,11 +205,15 @@ def test_the_verbs_from_table_to_crystals(tmp_path: Path, capsys: pytest.Capture
     told = capsys.readouterr().out
     assert "mean absolute error of" in told
     assert "1 of 1 crystals" in told
-    (written,) = (tmp_path / "out").glob("*.cif")
+    (written,) = (tmp_path / "out" / "cifs").glob("*.cif")
     assert len(read_cif(written, max_atoms=100)) > 0
+    rows = list(csv.DictReader((tmp_path / "out" / "properties.csv").read_text().splitlines()))
+    assert [(row["id"], row["property"], row["before"]) for row in rows] == [("target-0-00000", "volume_per_atom", "")]
+    assert abs(float(rows[0]["at_latent"]) - 13) < 0.5
+    assert "Properties" in (tmp_path / "out" / "report.html").read_text()
     alter = ["generate", "alter", str(written), "--along", "volume_per_atom=+0.5", "--model", str(plain)]
     assert main([*alter, "--out", str(tmp_path / "altered")]) == 0
-    assert len([*(tmp_path / "altered").glob("*.cif")]) == 1
+    assert len([*(tmp_path / "altered" / "cifs").glob("*.cif")]) == 1
     capsys.readouterr()
     for model, wanted in ((plain, "band_gap=1.5"), (tmp_path / "carbon", "band_gap=1.5")):
         target[3] = wanted
