@@ -21,9 +21,10 @@ from dist_train.crystal.metrics import PairMetrics, compare_all, summarise
 from dist_train.crystal.parallel import parallel_map
 from dist_train.crystal.structure import Crystal
 from dist_train.crystal.symmetry import SYSTEMS, UNKNOWN
-from dist_train.generate import decode, encode
+from dist_train.generate import decode, posterior
 from dist_train.models.autoencoder import cell_numbers
 from dist_train.models.reconstruct import Codec
+from dist_train.models.vae import Latent
 from dist_train.progress import Stages
 
 SIZE_CLASSES = ((1, 5), (6, 10), (11, 20), (21, 52), (53, 100), (101, 10**9))
@@ -49,12 +50,19 @@ CLASSES: dict[str, tuple[tuple[str, ...], Callable[[Case], str]]] = {
 class Evaluation:
     """Test crystals, what the model made of each, and the metrics of each system, crystal by crystal.
 
-    systems: 'model', 'nearest_training' (where there are training crystals), 'codec_ceiling' and 'perfect_copy'.
+    systems: 'model', 'nearest_training' (where there are training crystals), 'codec_ceiling' and 'perfect_copy'. latent: of
+    the cases that the grid holds.
     """
 
     cases: tuple[Case, ...]
     reconstructed: tuple[Decoded, ...]
     systems: dict[str, list[PairMetrics]]
+    latent: Latent
+
+    @property
+    def held(self) -> list[int]:
+        """Places of the cases that the grid holds."""
+        return [place for place, case in enumerate(self.cases) if not case.refusal]
 
     def summary(self, chosen: Sequence[int] | None = None) -> dict[str, dict[str, float | None]]:
         """Metrics of each system over all test crystals, or over those at some places, at least one; a failed decode or a
@@ -81,9 +89,9 @@ def evaluate(codec: Codec, cases: Sequence[Case], training: Sequence[Crystal], w
     """
     held, spec = [case.crystal for case in cases if not case.refusal], codec.model.grid
     with stages.stage("encode", len(held)) as bar:
-        latents = encode(codec, held, bar.update, workers)
+        latent = posterior(codec, held, bar.update, workers)
     with stages.stage("decode", len(held)) as bar:
-        of_held = iter(list(bar.over(decode(codec, latents, [crystal.id for crystal in held], workers))))
+        of_held = iter(list(bar.over(decode(codec, latent.mean, [crystal.id for crystal in held], workers))))
     reconstructed = tuple(Decoded(None, np.zeros(0), case.refusal) if case.refusal else next(of_held) for case in cases)
     predictions: dict[str, list[Crystal | None]] = {"model": [item.crystal for item in reconstructed]}
     if training:
@@ -99,7 +107,7 @@ def evaluate(codec: Codec, cases: Sequence[Case], training: Sequence[Crystal], w
         compared = compare_all(pairs, workers, lambda done: bar.update())
     n = len(cases)
     systems = {name: compared[i * n : (i + 1) * n] for i, name in enumerate(predictions)}
-    return Evaluation(tuple(cases), reconstructed, systems)
+    return Evaluation(tuple(cases), reconstructed, systems, latent)
 
 
 def nearest_training(crystals: Sequence[Crystal], training: Sequence[Crystal]) -> Iterator[Crystal]:

@@ -15,7 +15,7 @@ from dist_train.densities import reconstructed_densities
 from dist_train.evaluate import Evaluation
 from dist_train.generate_report import view
 from dist_train.report import Pair, Table, write_report
-from dist_train.tables import SYSTEMS, exposure, misses
+from dist_train.tables import SYSTEMS, exposure, latent_space, misses
 
 if TYPE_CHECKING:
     from dist_train.models.reconstruct import Codec
@@ -88,7 +88,8 @@ def write_evaluation_report(
         summary=(
             f"{exposure(metrics)}. {metrics['n_test']} crystals: {metrics['match_rate']:.1%} match, "
             + (f"{nearest:.1%} would with the nearest training crystal, " if nearest is not None else "")
-            + f"{metrics['match_rate_codec_ceiling']:.1%} with the decoder fed the true grids; {misses(metrics)}."
+            + f"{metrics['match_rate_codec_ceiling']:.1%} with the decoder fed the true grids; {misses(metrics)}. "
+            + f"{latent_space(metrics).capitalize()}."
         ),
         tables=(overview, *_breakdown(metrics), *([reasons] if reasons.rows else []), crystals),
         pairs=tuple(map(_pair, worst)),

@@ -32,7 +32,19 @@ def metrics_table(metrics: dict[str, Any]) -> str:
         values = [(metrics[system] or {}).get(key) if system else metrics[key] for _, system in SYSTEMS]
         cells = ["-" if value is None else form.format(value) for value in values]
         lines.append(f"  {label:<24}" + "".join(f"{cell:>18}" for cell in cells))
-    return "\n".join([*lines, f"  {misses(metrics)}", f"  {exposure(metrics)}"])
+    return "\n".join([*lines, f"  {misses(metrics)}", f"  {latent_space(metrics)}", f"  {exposure(metrics)}"])
+
+
+def latent_space(metrics: dict[str, Any]) -> str:
+    """How much of it is in use, and how far from its latent a decoded crystal lies when it is encoded again."""
+    latent = metrics["latent"]
+    told = f"latent of {latent['size']} numbers"
+    if latent["kl_nats"] is not None:
+        told += f", {latent['active_units']} in use, KL {latent['kl_nats']:.0f} nats"
+    for name, whose in (("round_trip", "reconstructed"), ("round_trip_of_samples", "sampled")):
+        if trip := latent[name]:
+            told += f"; {whose} and encoded again, {trip['median']:.3f} of the latents' spread away (median of {trip['n']})"
+    return told
 
 
 def misses(metrics: dict[str, Any]) -> str:

@@ -25,6 +25,7 @@ LAYERS = (
         "generated",
         "screens",
         "embed",
+        "latent_quality",
         "latents",
         "steer",
         "serving",

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dist_train import __version__
 from dist_train.commands.models import bundle_folder, write_cifs
@@ -33,6 +34,8 @@ from dist_train.evaluate import evaluate as evaluate_model
 from dist_train.evaluate_report import rows, write_evaluation_report
 from dist_train.files import atomic_path, sha256, write_text
 from dist_train.generate import decode, encode, interpolate_latents, sample_latents
+from dist_train.generated import processes
+from dist_train.latent_quality import latent_quality
 from dist_train.models.export import SUMS_NAME, read_bundle, training_digests
 from dist_train.models.reconstruct import Codec
 from dist_train.progress import Stages
@@ -98,9 +101,14 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         reduce = partial(in_grid, spec=network.grid)
         training = list(bar.over(parallel_map(reduce, training, options.workers, 64)))
     result = evaluate_model(codec, cases, training, options.workers, stages)
+    drawn_NL = sample_latents(codec, options.samples, seed=0, workers=options.workers)
     with stages.stage("samples", options.samples + options.steps) as bar:
-        look = _look_around(codec, result, options.samples, options.steps)
+        look = _look_around(codec, result, drawn_NL, options.steps, options.workers)
         bar.update(options.samples + options.steps)
+    with stages.stage("latents", len(result.held) + options.samples) as bar:
+        held = [result.reconstructed[place] for place in result.held]
+        quality = latent_quality(codec, result.latent, held, drawn_NL, look["samples"], options.workers)
+        bar.update(len(held) + options.samples)
     about = config["about"]
     metrics = {
         "model": {
@@ -123,6 +131,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         **_metrics(result, refused),
         **_trained_on(result, known, about.get("training_digests", {})),
         **_sampled(look["samples"]),
+        "latent": quality,
     }
     with stages.stage("write", len(cases)) as bar:
         _write(out, options, codec, result, look, metrics)
@@ -228,9 +237,11 @@ def _trained_on(result: Evaluation, known: NDArray[np.uint64] | None, about: dic
     }
 
 
-def _look_around(codec: Codec, result: Evaluation, n_samples: int, steps: int) -> dict[str, list[Decoded]]:
+def _look_around(codec: Codec, result: Evaluation, drawn_NL: Tensor, steps: int, workers: int) -> dict[str, list[Decoded]]:
     """Samples, and the way between the first two reconstructed test crystals."""
-    samples = list(decode(codec, sample_latents(codec, n_samples, seed=0), [f"sample-{i:03d}" for i in range(n_samples)]))
+    samples = list(
+        decode(codec, drawn_NL, [f"sample-{i:03d}" for i in range(len(drawn_NL))], processes(workers, len(drawn_NL)))
+    )
     pairs = zip(result.cases, result.reconstructed, strict=True)
     ends = list(islice((case.crystal for case, decoded in pairs if decoded.crystal is not None), 2))
     frames = []
