@@ -35,7 +35,7 @@ from dist_train.latents import read_about
 from dist_train.models import export
 from dist_train.models.export import read_bundle, write_bundle
 from dist_train.node import free_port
-from dist_train.serving import MAX_ROWS
+from dist_train.serving import MAX_ROWS, Params
 from dist_train.shards.index import Index
 from dist_train.shards.reader import ShardReader
 
@@ -190,7 +190,7 @@ def test_a_version_holds_all_that_tells_where_it_comes_from(place: Place, tmp_pa
     assert described == card
     info = mlflow.models.get_model_info(f"models:/{NAME}/1")
     assert [column.name for column in info.signature.inputs] == ["cif", "latent"]
-    assert [param.name for param in info.signature.params] == ["task", "n", "steps", "seed", "radius"]
+    assert [param.name for param in info.signature.params] == [*Params.model_fields]
 
 
 def error_of(capsys: pytest.CaptureFixture[str]) -> str:
