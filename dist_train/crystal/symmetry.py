@@ -59,12 +59,8 @@ def snapped(crystal: Crystal, tolerance_A: float) -> Crystal | None:
 
     None where spglib makes none, or one of another space group or formula.
     """
-    group = space_group(crystal, tolerance_A)
-    found = _asked(spglib.standardize_cell, crystal, to_primitive=True, no_idealize=False, symprec=tolerance_A)
-    if group is None or found is None:
-        return None
-    made = replace(crystal, lattice_A=found[0], frac_N3=found[1], numbers_N=found[2])
-    return made if made.formula == crystal.formula and space_group(made, EXACT_A) == group else None
+    group, made = space_group(crystal, tolerance_A), _standardised(crystal, tolerance_A, primitive=True)
+    return made if made and group is not None and space_group(made, EXACT_A) == group else None
 
 
 class Setting(NamedTuple):
@@ -85,16 +81,23 @@ def conventional(crystal: Crystal, tolerance_A: float = TOLERANCE_A) -> Setting 
 
     None where spglib makes none, or one of another space group or formula.
     """
-    group = space_group(crystal, tolerance_A)
-    found = _asked(spglib.standardize_cell, crystal, to_primitive=False, no_idealize=False, symprec=tolerance_A)
-    if group is None or found is None:
+    group, made = space_group(crystal, tolerance_A), _standardised(crystal, tolerance_A, primitive=False)
+    if group is None or made is None:
         return None
-    made = replace(crystal, lattice_A=found[0], frac_N3=found[1], numbers_N=found[2])
     exact = _asked(spglib.get_symmetry_dataset, made, symprec=EXACT_A)
-    if exact is None or exact.number != group.number or made.formula != crystal.formula:
+    if exact is None or exact.number != group.number:
         return None
     operations = tuple(map(_operation, exact.rotations.tolist(), exact.translations.tolist()))
     return Setting(made, group, operations, np.unique(exact.equivalent_atoms))
+
+
+def _standardised(crystal: Crystal, tolerance_A: float, primitive: bool) -> Crystal | None:
+    """spglib's primitive or conventional cell, idealised; None where it finds none, or loses atoms."""
+    found = _asked(spglib.standardize_cell, crystal, to_primitive=primitive, no_idealize=False, symprec=tolerance_A)
+    if found is None:
+        return None
+    made = replace(crystal, lattice_A=found[0], frac_N3=found[1], numbers_N=found[2])
+    return made if made.formula == crystal.formula else None
 
 
 def _operation(rotation: list[list[int]], translation: list[float]) -> str:

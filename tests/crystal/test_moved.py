@@ -147,7 +147,7 @@ def test_systems_of_other_lattices() -> None:
     assert crystal_system(magnesium) == "hexagonal"
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:pymatgen")
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_cif_with_symmetry_holds_the_crystal(sample_table: SampleTable) -> None:
     """Read by pymatgen, too: as many atoms as in the conventional cell, in the space group, and the same crystal."""
     groups = set()
