@@ -38,13 +38,12 @@ def metrics_table(metrics: dict[str, Any]) -> str:
 def latent_space(metrics: dict[str, Any]) -> str:
     """How much of it is in use, and how far from its latent a decoded crystal lies when it is encoded again."""
     latent = metrics["latent"]
-    told = f"latent of {latent['size']} numbers"
+    told = f"latent: {latent['size']} numbers"
     if latent["kl_nats"] is not None:
         told += f", {latent['active_units']} in use, KL {latent['kl_nats']:.0f} nats"
-    for name, whose in (("round_trip", "reconstructed"), ("round_trip_of_samples", "sampled")):
-        if trip := latent[name]:
-            told += f"; {whose} and encoded again, {trip['median']:.3f} of the latents' spread away (median of {trip['n']})"
-    return told
+    names = (("round_trip", "reconstructed"), ("round_trip_of_samples", "samples"))
+    trips = [f"{trip['median']:.3f} ({whose})" for name, whose in names if (trip := latent[name])]
+    return told + (f"; decoded and encoded again: off by {', '.join(trips)} of its spread" if trips else "")
 
 
 def misses(metrics: dict[str, Any]) -> str:
