@@ -30,7 +30,7 @@ from dist_train.files import atomic_path, write_text
 from dist_train.progress import Stages
 from dist_train.screens import Screens
 
-CRYSTALS_PER_PROCESS = 512
+CRYSTALS_PER_PROCESS = 64
 """Fewer are done before another process is there to help."""
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 """The first that an archive can state."""
@@ -155,15 +155,13 @@ def _describe(result: Result, tolerance_A: float) -> Result:
     assert crystal is not None
     if result.snapped and not result.relaxed:
         tolerance_A = EXACT_A
-    symmetric = None
-    if setting := conventional(crystal, tolerance_A):
+    group, symmetric = space_group(crystal, tolerance_A), None
+    if setting := conventional(crystal, tolerance_A, group):
         text = write_symmetric_cif(setting)
         with suppress(CrystalError):  # the operations, where rounded coordinates make them give another number of atoms
             if len(parse_cif(text, crystal.id, len(setting.crystal))) == len(setting.crystal):
                 symmetric = text
-    return replace(
-        result, group=space_group(crystal, tolerance_A), nearest_A=shortest_distance(crystal), symmetric=symmetric
-    )
+    return replace(result, group=group, nearest_A=shortest_distance(crystal), symmetric=symmetric)
 
 
 # Figures and files

@@ -76,12 +76,12 @@ class Setting(NamedTuple):
     sites: NDArray[np.int64]
 
 
-def conventional(crystal: Crystal, tolerance_A: float = TOLERANCE_A) -> Setting | None:
+def conventional(crystal: Crystal, tolerance_A: float = TOLERANCE_A, group: SpaceGroup | None = None) -> Setting | None:
     """The crystal in spglib's standardised conventional cell, in the very symmetry that it has within `tolerance_A`.
 
-    None where spglib makes none, or one of another space group or formula.
+    group: its space group within that, where it is known. None where spglib makes no such cell, or one of another group.
     """
-    group, made = space_group(crystal, tolerance_A), _standardised(crystal, tolerance_A, primitive=False)
+    group, made = group or space_group(crystal, tolerance_A), _standardised(crystal, tolerance_A, primitive=False)
     if group is None or made is None:
         return None
     exact = _asked(spglib.get_symmetry_dataset, made, symprec=EXACT_A)
