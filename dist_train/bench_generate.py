@@ -22,8 +22,10 @@ from dist_train.crystal.parquet import read_parquet_rows, write_parquet
 from dist_train.crystal.structure import Crystal
 from dist_train.errors import DataError
 from dist_train.generate import DECODED, encode, sample_latents
+from dist_train.generated import Finish, finished, result_of
 from dist_train.models.export import SUMS_NAME
 from dist_train.models.reconstruct import Codec
+from dist_train.progress import Stages
 
 ROUNDS = 3
 RATE = 50.0
@@ -33,7 +35,7 @@ T = TypeVar("T")
 
 
 def generate_rows(sample: Path, model: Path, n: int, workers: int) -> Iterator[Row]:
-    """The whole verb `generate`, model and processes started anew, then its stages on one core, one after another.
+    """The whole verb `generate`, its model read anew, then its stages on one core, one after another.
 
     sample: folder of the shipped crystals, of which n perovskites are reconstructed; model: a bundle.
     """
@@ -91,6 +93,8 @@ def _one_by_one(codec: Codec, task: str, inputs: list[str], n: int, out: Path) -
     parts = [slice(start, start + DECODED) for start in range(0, len(ids), DECODED)]
     fields = stage("networks", lambda: [item for part in parts for item in codec.decodable(latents[part], ids[part])])
     decoded = stage("decoding to atoms", lambda: [decode_frame(item, spec, codec.channel) for item in fields])
+    results = [result_of(id, item) for id, item in zip(ids, decoded, strict=True)]
+    stage("symmetry and CIF texts with it", lambda: finished(results, Finish(), Stages(len(ids) + 1)))
     texts = stage("CIF texts", lambda: [write_cif(item.crystal) for item in decoded if item.crystal is not None])
     stage("files", lambda: write_cifs(out, decoded))
     if not texts:
