@@ -364,6 +364,9 @@ class TrainConfig(Section):
     shape_group: Count | None = None
     """Of adaptive grids: crystals of one grid shape that come together in a global batch, a divisor of it, which mixes as
     many shapes. Small groups mix better and have rarer shapes, large ones make better use of a device. null: 8 at most."""
+    substitution: Fraction = 0.0
+    """Chance of each element of a training crystal to be exchanged for another one of the training split, on all its sites,
+    anew in every epoch: the networks learn compositions that no crystal has. Needs data.store 'structures'."""
     objective: Literal["joint", "vae", "unet"] = "joint"
     """'joint': both networks, the U-Net on what the VAE decodes. 'vae': the VAE alone. 'unet': the U-Net alone, on what the
     frozen VAE of `init_from` decodes."""

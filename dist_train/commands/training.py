@@ -151,6 +151,11 @@ def check_training(config: RunConfig, ranks: int) -> Index:
         told = "; ".join(f"{key} is {there[key]} there, {grid[key]} here" for key in differing)
         raise ConfigError(f"the shards in {index.place} have another grid: {told}; voxelise anew or set grid.* to theirs")
     check_shards(index, ("train", "val"))
+    if config.train.substitution and index.store != "structures":
+        raise ConfigError(
+            f"train.substitution {config.train.substitution:g} exchanges elements before grids are made, and the shards in "
+            f"{index.place} hold grids: voxelise with data.store=structures, or set it to 0"
+        )
     reader = ShardReader(index, "train")
     plan = batch_plan(config, reader, 0, ranks)
     if index.cache:

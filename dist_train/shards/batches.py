@@ -21,6 +21,7 @@ from torch import Tensor
 from dist_train.crystal.elements import MAX_Z
 from dist_train.crystal.lattice import MIN_VOLUME_A3
 from dist_train.crystal.structure import Crystal
+from dist_train.crystal.substitute import substituted
 from dist_train.crystal.voxelize import n_channels
 from dist_train.errors import ShardError
 from dist_train.models.autoencoder import CrystalBatch
@@ -54,12 +55,13 @@ class TrainBatch(NamedTuple):
 
 def train_batches(
     reader: ShardReader, plan: BatchPlan, start: int, stop: int, device: torch.device = CPU, threads: int = 2,
-    max_damaged: int = 100,
+    max_damaged: int = 100, substitution: float = 0.0,
 ) -> Iterator[TrainBatch]:  # fmt: skip
     """The batches of the steps [start, stop), in order, read by threads at most `threads` + 1 batches ahead.
 
     For a CUDA device they lie in page-locked memory, and structures come as a StructureBatch, whose grids that device makes;
-    for the CPU the threads make these. Leaving the iterator early stops the threads.
+    for the CPU the threads make these. substitution: chance of each of their elements (see `crystal.substitute`).
+    Leaving the iterator early stops the threads.
     Raises ShardError for a shard that can't be read, and for more different damaged samples than `max_damaged`; errors of
     a thread are raised here, in the order of the steps.
     """
@@ -70,7 +72,7 @@ def train_batches(
         try:
             for step in range(start, stop):
                 while len(ahead) <= threads and step + len(ahead) < stop:
-                    ahead.append(pool.submit(_read, reader, plan, step + len(ahead), device, stopped, memory))
+                    ahead.append(pool.submit(_read, reader, plan, step + len(ahead), device, stopped, memory, substitution))
                 item = ahead.popleft().result()
                 if prefetch:
                     prefetch.reached(step)
@@ -87,8 +89,9 @@ def train_batches(
 
 
 def _read(
-    reader: ShardReader, plan: BatchPlan, step: int, device: torch.device, stopped: threading.Event, memory: _Memory
-) -> TrainBatch:
+    reader: ShardReader, plan: BatchPlan, step: int, device: torch.device, stopped: threading.Event, memory: _Memory,
+    substitution: float,
+) -> TrainBatch:  # fmt: skip
     parts, damaged = list[CrystalBatch | StructureBatch](), list[str]()
 
     def going(places: Places) -> Iterator[tuple[int, int]]:
@@ -100,7 +103,7 @@ def _read(
     for places in _alike(plan, plan.places(step)):
         if reader.index.store == "structures":
             seed = f"{plan.seed}\0{step // plan.steps_per_epoch}"
-            structures, found = _structures(reader, places, going(places), seed)
+            structures, found = _structures(reader, places, going(places), seed, substitution)
             parts.append(structures.to(device) if device.type == "cpu" else structures)
         else:
             grids, found = _grids(reader, places, going(places), None if device.type == "cuda" else memory)
@@ -168,20 +171,24 @@ class _Memory:
 
 
 def _structures(
-    reader: ShardReader, places: Places, rows: Iterable[tuple[int, int]], seed: str
+    reader: ShardReader, places: Places, rows: Iterable[tuple[int, int]], seed: str, substitution: float
 ) -> tuple[StructureBatch, tuple[str, ...]]:
-    """Structures alone; their random rotations and origins are a pure function of the seed and each sample."""
+    """Structures alone; their random elements, rotations and origins are a pure function of the seed and each sample."""
     crystals, seeds, about, damaged = [], [], _About(len(places)), []
+    elements = reader.index.elements("train") if substitution else ()
     for row, place in rows:
         sample = reader.entries[place][1]
+        digest = hashlib.sha256(f"{seed}\0{sample.id}\0{sample.copy}".encode()).digest()
         try:
             crystal, weight = reader.crystal(place), 1.0
+            if substitution:
+                own = int.from_bytes(digest[8:16], "big")
+                crystal = substituted(crystal, reader.grid, elements, substitution, own)
         except DamagedSample as error:
             damaged.append(str(error))
             crystal, weight = STAND_IN, 0.0
         crystals.append(crystal)
         about.fill(row, crystal, weight)
-        digest = hashlib.sha256(f"{seed}\0{sample.id}\0{sample.copy}".encode()).digest()
         seeds.append(int.from_bytes(digest[:8], "big"))
     d, h, w = reader.entries[int(places[0])][1].shape
     batch = StructureBatch(CrystalTensors.of(crystals), reader.grid, (d, h, w), tuple(seeds), *about.tensors(pinned=False))

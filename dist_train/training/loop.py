@@ -53,7 +53,9 @@ def fit(
         Watchdog(settings.watchdog_seconds) as watchdog,
         StopRequest() as stop,
     ):
-        batches = train_batches(train, plan, state.step, last, engine.device, data.reader_threads, data.max_damaged)
+        batches = train_batches(
+            train, plan, state.step, last, engine.device, data.reader_threads, data.max_damaged, settings.substitution
+        )
         for step, parts, damaged in meter.timed(batches):
             for message in damaged:
                 log.warning("passed over at step %d: %s", step, message)

@@ -419,3 +419,31 @@ def test_a_device_that_is_no_cpu_gets_structures_whose_rows_are_those_of_the_who
             torch.testing.assert_close(rows.density_BCDHW, whole.density_BCDHW[part], rtol=0, atol=1e-6)
             assert torch.equal(rows.species_BDHW, whole.species_BDHW[part])
             assert torch.equal(rows.weight_B, whole.weight_B[part])
+
+
+# Substitution
+
+
+def test_substituted_structures_are_new_in_each_epoch_and_the_same_again(tmp_path: Path) -> None:
+    """Cells and compositions go with them; ranks and resuming change nothing."""
+    reader = ShardReader(write_shards(tmp_path, real_crystals(CRYSTALS), store="structures"), "train")
+    plan = plan_of(reader, epochs=2)
+    plain, found = batches_of(reader, plan), batches_of(reader, plan, substitution=0.5)
+    for one, other in zip(plain, found, strict=True):
+        assert torch.equal(one.batch.composition_BZ.sum(1), other.batch.composition_BZ.sum(1))
+        density = other.batch.to(CPU)
+        present = [set(species[species > 0].tolist()) for species in density.species_BDHW]
+        counted = [set(row.nonzero()[:, 0].tolist()) for row in other.batch.composition_BZ]
+        assert present == counted
+    atoms = [
+        {place: row.tolist() for item in half for place, row in zip(plan.places(item.step), item.batch.composition_BZ)}
+        for half in (found[:5], found[5:])
+    ]
+    assert any(atoms[0][place] != atoms[1][place] for place in atoms[0].keys() & atoms[1].keys())
+    rest = list(train_batches(ShardReader(reader.index, "train"), plan, 3, plan.steps, substitution=0.5))
+    halves = [batches_of(reader, plan_of(reader, rank=rank, ranks=2), substitution=0.5) for rank in range(2)]
+    for one, other in zip(rest, found[3:], strict=True):
+        assert equal(one.batch.to(CPU), other.batch.to(CPU))
+    for whole, *parts in zip(found, *halves, strict=True):
+        joined = torch.cat([part.batch.composition_BZ for part in parts])
+        assert torch.equal(whole.batch.composition_BZ, joined)
