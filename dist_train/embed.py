@@ -11,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from dist_train.config import DataConfig
@@ -137,8 +136,7 @@ class Embedder:
 
     def _check(self, batch: Sequence[tuple[Row, Crystal]], latents: Tensor) -> None:
         """Decode the latents and compare what comes out with the true crystals."""
-        with np.errstate(over="ignore", invalid="ignore"):  # a latent of no cell: no crystal, and a reason
-            decoded = self.codec.crystals(latents, [crystal.id for _, crystal in batch])
+        decoded = self.codec.crystals(latents, [crystal.id for _, crystal in batch])
         for (row, crystal), found in zip(batch, decoded, strict=True):
             pair = compare(crystal, found.crystal)
             row |= {"match": pair.match, "rms": pair.rms, "valid": pair.valid}

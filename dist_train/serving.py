@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 from pydantic import Field, ValidationError
 from torch import Tensor
@@ -182,8 +181,7 @@ def _near(codec: Codec, row: Tensor | str, asked: Params) -> list[Tensor | str]:
 def _columns(codec: Codec, rows: Sequence[Tensor | str], decoded: bool) -> dict[str, list[object]]:
     there = [row.cpu() for row in rows if isinstance(row, Tensor)]
     ids = [f"row-{place}" for place, row in enumerate(rows) if isinstance(row, Tensor)]
-    with np.errstate(over="ignore", invalid="ignore"):  # a latent may be far from all crystals: no cell, and a reason
-        found = iter(list(decode(codec, torch.stack(there), ids)) if there and decoded else [])
+    found = iter(list(decode(codec, torch.stack(there), ids)) if there and decoded else [])
     columns: dict[str, list[object]] = {name: [] for name in COLUMNS}
     for row in rows:
         cif, latent, confidence, error = "", "", 0.0, ""

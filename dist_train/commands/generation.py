@@ -410,8 +410,7 @@ def _encoded(codec: Codec, crystals: Sequence[Crystal], stages: Stages, workers:
 def _decoded(codec: Codec, asked: Sequence[_Asked], workers: int, stages: Stages) -> list[Result]:
     there = [item.latent_L for item in asked if isinstance(item.latent_L, Tensor)]
     ids = [item.id for item in asked if isinstance(item.latent_L, Tensor)]
-    # A latent may be far from all crystals: no cell, and a reason.
-    with stages.stage("decode", len(ids)) as bar, np.errstate(over="ignore", invalid="ignore"):
+    with stages.stage("decode", len(ids)) as bar:
         found = iter(list(bar.over(decode(codec, torch.stack(there), ids, processes(workers, len(ids))))) if there else [])
     results = []
     for item in asked:

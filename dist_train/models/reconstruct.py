@@ -96,9 +96,10 @@ class Codec:
     def shapes(self, latent_BL: Tensor) -> list[Shape | str]:
         """Of the grid of each latent, or why there is none: cell parameters of no cell at all are possible."""
         numbers = self.model.decoder.numbers(filled(latent_BL).to(self.device, self.scale.dtype))
-        parameters_B6 = cell_parameters(self.scale.physical_cell(numbers.cell_B6).cpu().numpy())
-        rows = zip(parameters_B6, numbers.shape_B3.float().cpu().numpy(), strict=True)
-        return [self._shape(*row) for row in islice(rows, len(latent_BL))]
+        with np.errstate(over="ignore", invalid="ignore"):  # a latent may be far from all crystals
+            parameters_B6 = cell_parameters(self.scale.physical_cell(numbers.cell_B6).cpu().numpy())
+            rows = zip(parameters_B6, numbers.shape_B3.float().cpu().numpy(), strict=True)
+            return [self._shape(*row) for row in islice(rows, len(latent_BL))]
 
     @torch.inference_mode()
     def fields(self, latent_BL: Tensor, shapes: Sequence[Shape]) -> list[Fields]:

@@ -309,7 +309,7 @@ scan_chunk(0, chunk, Path(sys.argv[2]), data, GridSpec())
 def test_what_was_left_unread_is_not_taken_for_the_next_chunk(tmp_path: Path) -> None:
     for name in "abcd":
         (tmp_path / f"{name}.cif").write_bytes(hostile.GOOD)
-    messages = scan._messages(Chunk("x", "files", str(tmp_path), ("a.cif", "b.cif")), DataConfig(), GRID)
+    messages = scan.messages(Chunk("x", "files", str(tmp_path), ("a.cif", "b.cif")), DataConfig(), GRID)
     assert next(messages)[1] == "a"
     messages.close()  # as where the disk is full
     assert scanned(tmp_path, str(tmp_path), ("c.cif", "d.cif"), DataConfig()) == (["c", "d"], {})
@@ -323,5 +323,5 @@ def test_a_reader_that_ends_within_a_line(tmp_path: Path, monkeypatch: pytest.Mo
         return child
 
     monkeypatch.setattr(scan, "_child", child)
-    (message,) = scan._messages(Chunk("x", "files", str(tmp_path), ("a.cif",)), DataConfig(), GRID)
+    (message,) = scan.messages(Chunk("x", "files", str(tmp_path), ("a.cif",)), DataConfig(), GRID)
     assert message[:2] == ["rejected", "a"]
