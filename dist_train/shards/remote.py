@@ -140,7 +140,9 @@ class ShardCache:
                 found = self._copy(shard, temporary)
                 if found == shard.sha256:
                     fsync(temporary)
-                    temporary.replace(path)
+                    # Who counted between two looks would find it under both names, and remove a shard for nothing.
+                    with _locked(self.root / "locks" / "room"):
+                        temporary.replace(path)
                     return
         finally:
             temporary.unlink(missing_ok=True)
