@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from dist_train import __version__
 from dist_train.errors import DistTrainError
@@ -397,6 +397,11 @@ def _registry(options: argparse.Namespace) -> str:
     )
 
 
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    """What was parsed, by the fields of a verb's options."""
+    return {name: value for name, value in vars(options).items() if name != "run"}
+
+
 def _add_evaluate(verbs: Verbs) -> None:
     parser = _verb(
         verbs, "evaluate", "reconstruct held-out crystals and measure, beside a baseline and two ceilings",
@@ -434,7 +439,7 @@ def _evaluate(options: argparse.Namespace) -> str:
     from dist_train.commands.evaluate import EvaluateOptions, evaluate
     from dist_train.tables import metrics_table
 
-    asked = EvaluateOptions(**{name: value for name, value in vars(options).items() if name != "run"})
+    asked = EvaluateOptions(**_given(options))
     return f"{metrics_table(evaluate(asked))}\nwritten to {options.out}: metrics.json, report.html, crystals.csv, cifs/"
 
 
@@ -468,7 +473,7 @@ def _add_fit_properties(verbs: Verbs) -> None:
 def _fit_properties(options: argparse.Namespace) -> str:
     from dist_train.commands.properties import FitOptions, fit
 
-    return fit(FitOptions(**{name: value for name, value in vars(options).items() if name != "run"}))
+    return fit(FitOptions(**_given(options)))
 
 
 def _add_generate(verbs: Verbs) -> None:
@@ -591,7 +596,7 @@ def _positive_float(text: str) -> float:
 def _generate(options: argparse.Namespace) -> str:
     from dist_train.commands.generation import GenerateOptions, generate, summary
 
-    return summary(generate(GenerateOptions(**{name: value for name, value in vars(options).items() if name != "run"})))
+    return summary(generate(GenerateOptions(**_given(options))))
 
 
 def _add_embed(verbs: Verbs) -> None:
@@ -622,7 +627,7 @@ def _add_embed(verbs: Verbs) -> None:
 def _embed(options: argparse.Namespace) -> str:
     from dist_train.commands.embed import EmbedOptions, embed
 
-    return embed(EmbedOptions(**{name: value for name, value in vars(options).items() if name != "run"}))
+    return embed(EmbedOptions(**_given(options)))
 
 
 def _add_nearest(verbs: Verbs) -> None:
