@@ -17,6 +17,7 @@ from dist_train.commands.embed import EmbedOptions, embed
 from dist_train.errors import DataError
 from dist_train.latents import ABOUT_NAME
 
+pytestmark = pytest.mark.usefixtures("no_foreign_cluster")
 ROOT = Path(__file__).parents[2]
 MODEL = str(ROOT / "data" / "models" / "perov_5")
 ROWS, PART_ROWS = 480, 16
@@ -48,15 +49,6 @@ for name, work in ("poisoned", poisoned), ("broken", broken), ("dying", dying):
         print(name, type(error).__name__, error)
     print(name, len(done), len(set(done.values())))
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_foreign_cluster() -> object:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("RAY_ADDRESS", raising=False)
-        for name, value in ISOLATED.items():
-            patch.setenv(name, value)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import webdataset
-from processes import ISOLATED, contents, started
+from processes import contents, started
 
 from dist_train.backends import ray_voxelize
 from dist_train.backends.ray_voxelize import WORK_NAME, voxelize
@@ -28,6 +28,7 @@ from dist_train.shards.index import INDEX_NAME, REJECTED_NAME, Index
 from dist_train.shards.reader import ShardReader
 from dist_train.shards.verify import verify
 
+pytestmark = pytest.mark.usefixtures("no_foreign_cluster")
 SAMPLE = Path(__file__).parents[2] / "data" / "sample"
 FAMILIES = ("carbon_24", "cod_experimental", "mp2025_n001_020", "mp_20", "perov_5")
 CIFS_PER_FAMILY = 5
@@ -71,15 +72,6 @@ for part, chunk in enumerate(discover(data.inputs).chunks):
 
 
 # Runs: made once for the module, as a cluster takes seconds to start.
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_foreign_cluster() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("RAY_ADDRESS", raising=False)
-        for name, value in ISOLATED.items():
-            patch.setenv(name, value)
-        yield
 
 
 @pytest.fixture(scope="module")
