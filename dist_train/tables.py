@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dist_train.models.properties import Property
+if TYPE_CHECKING:  # torch isn't wanted where a table of other things is written
+    from dist_train.models.properties import Property
 
 _ROWS = (
     ("match rate", "match_rate", "{:.1%}"),
@@ -38,7 +39,7 @@ def metrics_table(metrics: dict[str, Any]) -> str:
 def latent_space(metrics: dict[str, Any]) -> str:
     """How much of it is in use, and how far from its latent a decoded crystal lies when it is encoded again."""
     latent = metrics["latent"]
-    told = f"latent: {latent['size']} numbers"
+    told = f"Latent: {latent['size']} numbers"
     if latent["kl_nats"] is not None:
         told += f", {latent['active_units']} in use, KL {latent['kl_nats']:.0f} nats"
     names = (("round_trip", "reconstructed"), ("round_trip_of_samples", "samples"))
