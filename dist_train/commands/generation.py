@@ -46,7 +46,7 @@ from dist_train.progress import Stages
 from dist_train.report import Table
 from dist_train.screens import Screens, parse_screens
 from dist_train.shards.discover import read_inputs
-from dist_train.steer import ROUNDS, Atoms, move_along
+from dist_train.steer import ROUNDS, move_along
 
 Task = Literal["reconstruct", "sample", "target", "interpolate", "alter"]
 PACKAGES = ("numpy", "torch", "scipy", "spglib", "pymatgen", "ase")
@@ -195,9 +195,8 @@ def generate(options: GenerateOptions) -> Generation:
     }
     told = _read_off(model, asked, results, stages)
     atoms = wanted_atoms(options.composition, options.elements)
-    lines = [
-        f"{n} of {metrics['n_written']} crystals are made of {part}" for part in atoms for n in [_made_of(part, results)]
-    ]
+    kept = [result.crystal for result in results if result.status == "written" and result.crystal is not None]
+    lines = [f"{sum(map(part.hold, kept))} of {len(kept)} crystals are made of {part}" for part in atoms]
     if model.heads is not None and told:
         lines += property_lines(model.heads, told, options.task == "target", LISTED)
     with staged(options.out, OUTPUTS) as stage:
@@ -207,9 +206,9 @@ def generate(options: GenerateOptions) -> Generation:
             bar.update(len(results))
         if options.density:
             (stage / "density").mkdir()
-            kept = [place for place, result in enumerate(results) if result.status == "written"]
-            with stages.stage("density", len(kept)) as bar:
-                for place, files in bar.over(_densities(codec, asked, results, kept, options.density)):
+            places = [place for place, result in enumerate(results) if result.status == "written"]
+            with stages.stage("density", len(places)) as bar:
+                for place, files in bar.over(_densities(codec, asked, results, places, options.density)):
                     for form, text in files.items():
                         (stage / "density" / form.format(file_stems[place])).write_text(text)
         if told:
@@ -267,12 +266,6 @@ def _write_page(
         labels=("true", "reconstructed") if options.task == "reconstruct" else ("before", "after"),
         densities=densities,
         tables=[Table("Properties", PROPERTY_COLUMNS, tuple(map(tuple, told)), "Read off latents by the model's heads.")],
-    )
-
-
-def _made_of(atoms: Atoms, results: Sequence[Result]) -> int:
-    return sum(
-        result.status == "written" and result.crystal is not None and atoms.hold(result.crystal) for result in results
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from math import isfinite, nan
 from typing import NamedTuple
 
@@ -82,20 +83,20 @@ def property_rows(
     rows: Sequence[tuple[str, Tensor, Tensor | None, Crystal | None]],
 ) -> list[PropertyRow]:  # fmt: skip
     """What the heads say of (id, latent, latent of the known crystal, decoded crystal), for each property aimed at."""
-    found = []
-    for id, latent_L, before_L, crystal in rows:
-        at, before, after = heads.predict(latent_L[None]), None, None
-        if before_L is not None:
-            before = heads.predict(before_L[None]).value_NP[0]
+    held: dict[int, Crystal] = {}
+    for place, (*_, crystal) in enumerate(rows):
         if crystal is not None:
-            try:
-                after = heads.predict(encode(codec, [representable(crystal, codec.model.grid)])).value_NP[0]
-            except CrystalError:  # the grid can't hold it: nothing can be said
-                after = None
+            with suppress(CrystalError):  # the grid can't hold it: nothing can be said
+                held[place] = representable(crystal, codec.model.grid)
+    after = dict(zip(held, heads.predict(encode(codec, list(held.values()))).value_NP, strict=True))
+    found = []
+    for place, (id, latent_L, before_L, crystal) in enumerate(rows):
+        at = heads.predict(latent_L[None])
+        before = None if before_L is None else heads.predict(before_L[None]).value_NP[0]
         for name, aim in aims.items():
             p = heads.place(name)
             value, spread = float(at.value_NP[0, p]), float(at.spread_NP[0, p])
-            known, made = (None if values is None else float(values[p]) for values in (before, after))
+            known, made = (None if values is None else float(values[p]) for values in (before, after.get(place)))
             found.append(PropertyRow(id, crystal.formula if crystal else "", name, aim, known, value, spread, made))
     return found
 
