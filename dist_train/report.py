@@ -142,7 +142,6 @@ def write_report(
     densities: Sequence[Density] = (),
     path_frames: Sequence[View] = (),
     samples: Sequence[View] = (),
-    samples_title: str = "Samples",
     charts: Sequence[Chart] = (),
     figures: Sequence[Figure] = (),
 ) -> None:
@@ -164,7 +163,6 @@ def write_report(
         "title": escape(title),
         "summary": escape(summary),
         "pairs_title": escape(pairs_title),
-        "samples_title": escape(samples_title),
         "tables": "".join(map(_table, tables)),
         "figures": "".join(map(_figure, figures)),
         "data": _script_json(data),
