@@ -117,11 +117,6 @@ def interpolate_latents(start_L: Tensor, stop_L: Tensor, steps: int, around_L: T
     return around_L + arc
 
 
-def shift_latents(latent_NL: Tensor, direction_L: Tensor, amounts: Sequence[float]) -> Tensor:
-    """[N, amounts, latent]: each latent moved by every amount along a direction, whose own length counts as 1."""
-    return latent_NL[:, None] + torch.tensor(amounts, dtype=latent_NL.dtype)[:, None] * direction_L
-
-
 def altered_latents(codec: Codec, latent_L: Tensor, n: int, radius: float, seed: int) -> Tensor:
     """[n, latent] around one latent, in random directions; same seed, same directions.
 

@@ -38,7 +38,7 @@ from dist_train.crystal.symmetry import EXACT_A, snapped, space_group
 from dist_train.crystal.voxelize import voxelize
 from dist_train.errors import ConfigError, CrystalError, DataError, DistTrainError, ModelError
 from dist_train.files import staged
-from dist_train.generate import decode, encode, interpolate_latents, sample_latents, shift_latents
+from dist_train.generate import decode, encode, interpolate_latents, sample_latents
 from dist_train.generated import COLUMNS, Finish, finished, result_of
 from dist_train.models.export import SUMS_NAME, read_bundle, training_digests
 from dist_train.models.reconstruct import Codec
@@ -216,12 +216,6 @@ def test_an_arc_keeps_its_distance_from_the_mean_and_a_line_does_not(codec: Code
         torch.testing.assert_close(path[[0, -1]], torch.stack([start, stop]))
     twice = interpolate_latents(start, 2 * start - mean, 3, mean)  # one direction: the straight line
     torch.testing.assert_close(twice, interpolate_latents(start, 2 * start - mean, 3))
-
-
-def test_latents_shift_along_a_direction() -> None:
-    latents, direction = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([0.0, 2.0])
-    shifted = shift_latents(latents, direction, [-1, 0, 0.5])
-    assert shifted.tolist() == [[[1, 0], [1, 2], [1, 3]], [[3, 2], [3, 4], [3, 5]]]
 
 
 def test_replaced_elements_are_decoded(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_the_python_example_of_grids_runs(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_the_python_example_of_latents_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    (example,) = [code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "shift_latents" in code]
+    (example,) = [code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "interpolate_latents" in code]
     monkeypatch.chdir(ROOT)
     exec(compile(example, "README.md", "exec"), {})
     formulas = capsys.readouterr().out.splitlines()
