@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import pytest
+import s3fs
 from processes import started, wait_until
+from s3_server import s3_server
 from small_run import small_config, write_small_shards
 
 from dist_train.backends import mlflow_registry
@@ -33,8 +37,8 @@ from dist_train.errors import ConfigError, DataError, ModelError
 from dist_train.files import sha256
 from dist_train.latents import read_about
 from dist_train.models import export
-from dist_train.models.export import read_bundle, write_bundle
-from dist_train.node import free_port
+from dist_train.models.export import WEIGHTS_NAME, read_bundle, write_bundle
+from dist_train.node import free_port, port_fault
 from dist_train.serving import MAX_ROWS, Params
 from dist_train.shards.index import Index
 from dist_train.shards.reader import ShardReader
@@ -261,7 +265,12 @@ def serving(command: list[str], url: str, **environment: str) -> Iterator[None]:
 
 
 def server_command(folder: Path, port: int, *more: str) -> list[str]:
-    where = f"--backend-store-uri sqlite:///{folder}/server.db --artifacts-destination {folder}/store"
+    return kept_in(f"sqlite:///{folder}/server.db", f"{folder}/store", port, *more)
+
+
+def kept_in(database: str, store: str, port: int, *more: str) -> list[str]:
+    """The command of an MLflow server with its runs in a database and its artifacts in a store."""
+    where = f"--backend-store-uri {database} --artifacts-destination {store}"
     return [*f"server {where} --host 127.0.0.1 --port {port} --workers 1 --uvicorn-opts=--log-level=warning".split(), *more]
 
 
@@ -349,6 +358,52 @@ def test_a_server_with_passwords(place: Place, monkeypatch: pytest.MonkeyPatch, 
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "another-password")
         assert place.cli("list") == 2
         assert "another-password" not in error_of(capsys)
+
+
+PASSWORD = "known to the server alone"
+
+
+@contextmanager
+def postgresql() -> Iterator[str]:
+    """URI of a database of a PostgreSQL server that wants PASSWORD, which is not in it. Skips where none is installed."""
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    initdb = Path(shutil.which("initdb") or (programs[-1] if programs else ""))
+    if not initdb.is_file():
+        pytest.skip("PostgreSQL is not installed")
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        as_user = []
+        if not os.geteuid():  # PostgreSQL refuses to be root
+            as_user = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups"]
+            shutil.chown(folder, "nobody", "nogroup")
+        data, secret = Path(folder, "data"), Path(folder, "secret")
+        secret.write_text(PASSWORD)
+        make = [*as_user, initdb, "-D", data, "-U", "mlflow", "--auth=scram-sha-256", f"--pwfile={secret}", "--no-sync"]
+        subprocess.run([str(part) for part in make], check=True, capture_output=True, timeout=120)
+        serve = f"{initdb.with_name('postgres')} -D {data} -p {port} -h 127.0.0.1 -k {folder} -c fsync=off"
+        with started([*as_user, *serve.split()]) as process:
+            wait_until(lambda: port_fault(port), process)
+            yield f"postgresql://mlflow@127.0.0.1:{port}/postgres"
+
+
+def test_a_server_on_postgresql_with_an_object_store(place: Place, tmp_path: Path) -> None:
+    """Runs in a real PostgreSQL, bundles behind a real S3 API, where damage is seen."""
+    pytest.importorskip("psycopg", reason="MLflow reaches PostgreSQL by psycopg")
+    pytest.importorskip("moto", reason="moto has the object store")
+    port = free_port()
+    place.uri = f"http://127.0.0.1:{port}"
+    with s3_server(tmp_path / "requests.log"), postgresql() as database:
+        store = s3fs.S3FileSystem()
+        store.mkdir("models")
+        command = kept_in(database, "s3://models/kept", port)
+        with serving(command, f"{place.uri}/health", PGPASSWORD=PASSWORD):
+            assert "it is champion now" in register(place.run("a", {"val/loss": 1.0}))
+            assert place.aliases() == {"champion": 1, "candidate": 1}
+            read_bundle(pull(place.uri, f"models:/{NAME}@champion", tmp_path / "pulled"))
+            (weights,) = (path for path in store.find("models") if path.endswith(WEIGHTS_NAME))
+            store.pipe(weights, store.cat(weights)[:-1] + b"?")
+            with pytest.raises(ModelError, match=f"{WEIGHTS_NAME} is missing or differs from SHA256SUMS"):
+                pull(place.uri, f"models:/{NAME}@champion", tmp_path / "damaged")
 
 
 SERVED = """
