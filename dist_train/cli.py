@@ -561,6 +561,11 @@ def _finish_options(parser: argparse.ArgumentParser) -> None:
         "that), composition (charges balance; SMACT), novel (not trained on), unique (unlike those before)",
     )  # fmt: skip
     parser.add_argument(
+        "--training", nargs="+", default=[], metavar="INPUT",
+        help="crystals that aren't novel, nor what StructureMatcher finds like them; without it, that screen knows nearly "
+        "exact copies of the model's training crystals",
+    )  # fmt: skip
+    parser.add_argument(
         "--symmetrize", type=_positive_float, metavar="TOLERANCE",
         help="snap atoms within so many angstrom of symmetry to it; without it, symmetry is only found, within 0.1 A",
     )  # fmt: skip

@@ -19,7 +19,8 @@ SCREENS = {
     "valid": f"no two atoms closer than {MIN_DISTANCE_A} A, a cell with a volume",
     "distance": "distance=1.0: no two atoms closer than that many angstrom, a cell's own images included",
     "composition": "charges that balance by SMACT's rules; wants pip install 'dist-train[eval]'",
-    "novel": "none of the crystals that the model was trained on, by the digests that its bundle lists",
+    "novel": "none of the crystals that the model was trained on: nearly exact copies are known by the digests that its "
+    "bundle lists, all others that StructureMatcher finds alike by --training",
     "unique": "unlike all that are kept before it, by StructureMatcher with its default tolerances",
 }
 """In the order in which they are asked: a crystal is taken out by the first that it fails, and is no one's double then."""
@@ -31,17 +32,31 @@ KEPT: Verdict = "", ""
 
 @dataclass(frozen=True)
 class Screens:
-    """Screens by name; distance_A: of 'distance'; known: digests of the training crystals, of 'novel'."""
+    """Screens by name; distance_A: of 'distance'; known, training: of 'novel', digests and crystals."""
 
     names: tuple[str, ...]
     distance_A: float = 0.0
     known: frozenset[int] = field(default=frozenset(), repr=False)
+    training: Sequence[Crystal] = field(default=(), repr=False)
 
     def verdicts(self, crystals: Iterable[Crystal]) -> Iterator[Verdict]:
         """For each crystal in turn; all of them have to be possible (see `metrics.possible`)."""
+        kept, training = Lookup(), Lookup(self.training)
+
+        def trained_on(crystal: Crystal) -> str:
+            if not self.known.isdisjoint(digests_near(crystal)):
+                return "the model was trained on it"
+            return f"like {known.id}, which the model was trained on" if (known := training.like(crystal)) else ""
+
+        def doubled(crystal: Crystal) -> str:
+            if other := kept.like(crystal):
+                return f"like {other.id}"
+            kept.add(crystal)
+            return ""
+
         checks: dict[str, Callable[[Crystal], str]] = {
-            "valid": _invalid, "distance": self._too_near, "composition": _unbalanced, "novel": self._known,
-            "unique": _Doubles(),
+            "valid": _invalid, "distance": self._too_near, "composition": _unbalanced, "novel": trained_on,
+            "unique": doubled,
         }  # fmt: skip
         asked = [(name, checks[name]) for name in SCREENS if name in self.names]
         for crystal in crystals:
@@ -50,9 +65,6 @@ class Screens:
     def _too_near(self, crystal: Crystal) -> str:
         nearest = shortest_distance(crystal)
         return f"two atoms {nearest:.3f} A apart, {self.distance_A:g} A are asked for" if nearest < self.distance_A else ""
-
-    def _known(self, crystal: Crystal) -> str:
-        return "" if self.known.isdisjoint(digests_near(crystal)) else "the model was trained on it"
 
 
 def parse_screens(texts: Sequence[str]) -> tuple[tuple[str, ...], float]:
@@ -88,22 +100,36 @@ def _unbalanced(crystal: Crystal) -> str:
     return "" if composition_valid(crystal.composition) else f"{crystal.formula}: no charges that balance"
 
 
-class _Doubles:
-    """Tells whether a crystal matches one that was asked about before and matched none.
+class Lookup:
+    """Crystals among which those like a given one are found, by StructureMatcher with its default tolerances.
 
-    Only crystals of one reduced formula and one size of primitive cell can match.
+    Only crystals of one reduced formula and one size of primitive cell can match; primitive cells are made when the first
+    crystal of their formula is looked for.
     """
 
-    def __init__(self) -> None:
-        self._kept: dict[tuple[str, int], list[Crystal]] = {}
+    def __init__(self, crystals: Iterable[Crystal] = ()) -> None:
+        self._given: dict[str, list[Crystal]] = {}
+        self._cells: dict[tuple[str, int], list[Crystal]] = {}
+        for crystal in crystals:
+            self.add(crystal)
 
-    def __call__(self, crystal: Crystal) -> str:
-        with suppress(CrystalError):  # pymatgen finds no primitive cell: the given one is compared
-            crystal = primitive_niggli(crystal)
-        kept = self._kept.setdefault((crystal.formula, len(crystal)), [])
-        for other in kept:
+    def add(self, crystal: Crystal) -> None:
+        self._given.setdefault(crystal.formula, []).append(crystal)
+
+    def like(self, crystal: Crystal) -> Crystal | None:
+        """The first that matches, in the order in which they were added."""
+        for given in self._given.pop(crystal.formula, ()):
+            cell = _primitive(given)
+            self._cells.setdefault((cell.formula, len(cell)), []).append(cell)
+        cell = _primitive(crystal)
+        for other in self._cells.get((cell.formula, len(cell)), ()):
             with suppress(CrystalError):
-                if same_structure(crystal, other):
-                    return f"like {other.id}"
-        kept.append(crystal)
-        return ""
+                if same_structure(cell, other):
+                    return other
+        return None
+
+
+def _primitive(crystal: Crystal) -> Crystal:
+    with suppress(CrystalError):  # pymatgen finds no primitive cell: the given one is compared
+        return primitive_niggli(crystal)
+    return crystal

@@ -356,6 +356,22 @@ def test_crystals_that_it_was_trained_on_are_not_novel(tmp_path: Path) -> None:
     screens = Screens(("novel",), known=frozenset(known.tolist()))
     taken = [screen for screen, _ in screens.verdicts([decoded.crystal for decoded in again if decoded.crystal])]
     assert taken.count("novel") >= 4
+    screens = Screens(("novel",), training=crystals)
+    taken = [reason for _, reason in screens.verdicts([decoded.crystal for decoded in again if decoded.crystal])]
+    assert taken == [f"like {id}, which the model was trained on" for id in ids]
+
+
+def test_training_crystals_can_be_named(tmp_path: Path) -> None:
+    """Of a crystal made again and one made of other elements only the second is novel; other tasks refuse the option."""
+    found = made(tmp_path, "reconstruct", inputs=[KNOWN], screens=["novel"], training=[str(KNOWN)])
+    assert found.metrics["screened_out"] == {"novel": 1}
+    found = made(tmp_path, "alter", inputs=[KNOWN], replace=["Sn=Zr"], screens=["novel"], training=[str(KNOWN)])
+    assert found.metrics["n_written"] == 1
+    with pytest.raises(ConfigError, match="--training is for the screen 'novel' alone"):
+        made(tmp_path / "other", "reconstruct", inputs=[KNOWN], training=[str(KNOWN)])
+    (tmp_path / "bad.cif").write_text("nothing")
+    with pytest.raises(DataError, match="holds no crystal that can be read"):
+        made(tmp_path / "other", "reconstruct", inputs=[KNOWN], screens=["novel"], training=[str(tmp_path / "bad.cif")])
 
 
 # Symmetry

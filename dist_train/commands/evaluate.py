@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_train import __version__
-from dist_train.commands.models import bundle_folder, write_cifs
+from dist_train.commands.models import bundle_folder, read_many, write_cifs
 from dist_train.crystal.case import in_grid, make_case
 from dist_train.crystal.decode import Decoded
 from dist_train.crystal.digest import DIGEST_VERSION
@@ -39,11 +39,9 @@ from dist_train.latent_quality import latent_quality
 from dist_train.models.export import SUMS_NAME, read_bundle, training_digests
 from dist_train.models.reconstruct import Codec
 from dist_train.progress import Stages
-from dist_train.shards.discover import discover
 from dist_train.shards.index import Index
 from dist_train.shards.prefetch import fetched
 from dist_train.shards.reader import ShardReader
-from dist_train.shards.sources import read_chunk
 
 READ_ATOMS = 2000
 """Crystals with more are refused as they are read (or with more than the model's grid takes, if that is more)."""
@@ -152,9 +150,9 @@ def _read(options: EvaluateOptions, max_atoms: int, stages: Stages) -> tuple[lis
     if index:
         crystals = _read_split(index, options.split or "test", options.limit, stages)
     else:
-        crystals, refused = _read_inputs(options.data, max_atoms, options.limit, options.workers, stages)
+        crystals, refused = read_many(options.data, max_atoms, options.limit, options.workers, stages)
     if options.training:
-        return crystals, _read_inputs(options.training, max_atoms, None, options.workers, stages)[0], refused
+        return crystals, read_many(options.training, max_atoms, None, options.workers, stages)[0], refused
     return crystals, _read_split(index, "train", None, stages) if index else [], refused
 
 
@@ -163,25 +161,6 @@ def _read_split(index: Index, split: str, limit: int | None, stages: Stages) -> 
     count = min(len(reader), limit or len(reader))
     with stages.stage("read", count) as bar:
         return list(bar.over(map(reader.crystal, fetched(reader, count))))
-
-
-def _read_inputs(
-    inputs: Sequence[str], max_atoms: int, limit: int | None, workers: int, stages: Stages
-) -> tuple[list[Crystal], Refused]:
-    """The first `limit` crystals of files, folders, archives and tables, and (file, reason) of what can't be read."""
-    found = discover(inputs)
-    crystals: list[Crystal] = []
-    refused = [(file, reason) for _, file, reason in found.refused]
-    with stages.stage("read", sum(map(len, found.chunks)), "files and rows") as bar:
-        chunks = parallel_map(partial(read_chunk, max_atoms=max_atoms), found.chunks, workers, 1)
-        for file, item in bar.over(item for chunk in chunks for item in chunk):
-            if isinstance(item, Crystal):
-                crystals.append(item)
-            else:
-                refused.append((file, str(item)))
-            if len(crystals) == limit:
-                break
-    return crystals, refused
 
 
 def _digest(crystals: Iterable[Crystal]) -> str:

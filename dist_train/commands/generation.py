@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,10 +14,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_train import __version__
-from dist_train.commands.models import bundle_folder, file_names, read_crystals
+from dist_train.commands.models import bundle_folder, file_names, read_crystals, read_many
 from dist_train.commands.steering import (
     PROPERTY_COLUMNS,
     PropertyRow,
@@ -48,6 +50,7 @@ from dist_train.screens import Screens, parse_screens
 from dist_train.shards.discover import read_inputs
 from dist_train.steer import ROUNDS, move_along
 
+log = logging.getLogger(__name__)
 Task = Literal["reconstruct", "sample", "target", "interpolate", "alter"]
 PACKAGES = ("numpy", "torch", "scipy", "spglib", "pymatgen", "ase")
 OUTPUTS = (
@@ -77,7 +80,8 @@ class GenerateOptions:
     'BaTiO3' and 'Ba,Ti,O', of 'sample' and 'target'. along: pairs as target, in standard deviations of the labels.
     steps, path: crystals from one input to the next, both included, on a 'linear' or 'spherical' path. replace: pairs such
     as 'Ti=Zr'; scale: of the density; both `within` angstrom of the fractional coordinates `of`, or everywhere. perturb:
-    distance in latent space, in standard deviations of the training crystals. screens: see `screens.SCREENS`.
+    distance in latent space, in standard deviations of the training crystals. screens: see `screens.SCREENS`; training:
+    files, folders, archives, tables of crystals that aren't novel.
     symmetrize, relax, relax_steps: see `generated.Finish`. density: 'cube' or 'chgcar'.
     """
 
@@ -101,6 +105,7 @@ class GenerateOptions:
     elements: str | None = None
     along: Sequence[str] = ()
     screens: Sequence[str] = ()
+    training: Sequence[str] = ()
     symmetrize: float | None = None
     relax: str | None = None
     relax_steps: int = 200
@@ -169,11 +174,7 @@ def generate(options: GenerateOptions) -> Generation:
             f"the model {options.model} has no properties, {next(iter(aims))!r} was asked for: add it with dist-train "
             "fit-properties"
         )
-    names, distance = parse_screens(options.screens)
-    if "novel" in names and known is None:
-        raise ModelError(f"--screen novel: {options.model} doesn't list its training crystals; leave that screen out")
-    digests = frozenset(known.tolist() if known is not None and "novel" in names else ())
-    screens = Screens(names, distance, digests)
+    screens = _screens(options, known, network.grid.max_atoms, stages)
     calculator = make_calculator(options.relax) if options.relax else None
     finish = Finish(screens, options.symmetrize, calculator, options.relax_steps, options.workers)
     codec = Codec(network)
@@ -220,6 +221,26 @@ def generate(options: GenerateOptions) -> Generation:
         metrics["seconds"] = {name: round(seconds, 2) for name, seconds in stages.seconds.items()}
         write_text(stage / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     return Generation(options, results, rows, metrics, lines)
+
+
+def _screens(options: GenerateOptions, known: NDArray[np.uint64] | None, max_atoms: int, stages: Stages) -> Screens:
+    names, distance = parse_screens(options.screens)
+    if "novel" not in names:
+        if options.training:
+            raise ConfigError("--training is for the screen 'novel' alone: give --screen novel, too, or leave it out")
+        return Screens(names, distance)
+    if known is None and not options.training:
+        raise ModelError(
+            f"--screen novel: {options.model} doesn't list its training crystals; give them by --training or leave it out"
+        )
+    training: Sequence[Crystal] = ()
+    if options.training:
+        training, refused = read_many(options.training, max_atoms, None, options.workers, stages)
+        for file, reason in refused:
+            log.warning("--training: %s: %s", file, reason)
+        if not training:
+            raise DataError(f"--training {' '.join(options.training)} holds no crystal that can be read")
+    return Screens(names, distance, frozenset(() if known is None else known.tolist()), training)
 
 
 def _write_page(

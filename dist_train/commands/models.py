@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dist_train.config import GridSpec
 from dist_train.crystal.cif import write_cif
 from dist_train.crystal.decode import Decoded
+from dist_train.crystal.parallel import parallel_map
 from dist_train.crystal.structure import Crystal
 from dist_train.errors import ConfigError, CrystalError
 from dist_train.files import write_text
 from dist_train.models.export import read_bundle
 from dist_train.models.reconstruct import Codec
-from dist_train.shards.discover import read_inputs
+from dist_train.progress import Stages
+from dist_train.shards.discover import discover, read_inputs
+from dist_train.shards.sources import read_chunk
 
 MAX_NAME_BYTES = 200
 
@@ -51,6 +55,25 @@ def read_crystals(inputs: Iterable[str], grid: GridSpec) -> list[Crystal]:
             raise item
         crystals.append(item)
     return crystals
+
+
+def read_many(
+    inputs: Sequence[str], max_atoms: int, limit: int | None, workers: int, stages: Stages
+) -> tuple[list[Crystal], list[tuple[str, str]]]:
+    """The first `limit` crystals of files, folders, archives and tables, and (file, reason) of what can't be read."""
+    found = discover(inputs)
+    crystals: list[Crystal] = []
+    refused = [(file, reason) for _, file, reason in found.refused]
+    with stages.stage("read", sum(map(len, found.chunks)), "files and rows") as bar:
+        chunks = parallel_map(partial(read_chunk, max_atoms=max_atoms), found.chunks, workers, 1)
+        for file, item in bar.over(item for chunk in chunks for item in chunk):
+            if isinstance(item, Crystal):
+                crystals.append(item)
+            else:
+                refused.append((file, str(item)))
+            if len(crystals) == limit:
+                break
+    return crystals, refused
 
 
 def file_names(ids: Iterable[str]) -> list[str]:
