@@ -306,6 +306,12 @@ def test_a_served_model_alters_and_interpolates_as_the_command_does(tmp_path: Pa
             answer(codec, {"cif": cifs}, {"task": "alter", **params})
 
 
+def test_samples_hold_only_elements_of_the_model(tmp_path: Path) -> None:
+    """sample-0-00008 has 19 atoms where its latent says 18 of carbon."""
+    made(tmp_path, "sample", CARBON, n=9)
+    assert {row["formula"].rstrip("0123456789") for row in table(tmp_path)} == {"C"}
+
+
 # Screens
 
 

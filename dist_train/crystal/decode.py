@@ -30,7 +30,10 @@ Channel = Literal["occupancy", "z_density"]
 
 
 class Estimate(NamedTuple):
-    """Of the atoms in a cell, as a network makes it; no whole numbers. atoms: all; composition_Z: of each atomic number."""
+    """Of the atoms in a cell, as a network makes it; no whole numbers.
+
+    atoms: all; composition_Z: of each atomic number, -inf of elements that it doesn't know.
+    """
 
     atoms: float
     composition_Z: NDArray[np.floating]

@@ -127,7 +127,7 @@ class Codec:
 
     def _estimates(self, decoding: Decoding) -> Iterator[Estimate]:
         counts = (decoding.log_count_B.float() * self.scale.count_std + self.scale.count_mean).exp().tolist()
-        compositions = torch.zeros(len(counts), MAX_Z + 1)
+        compositions = torch.full((len(counts), MAX_Z + 1), -torch.inf)  # of what the model doesn't know, nothing ever
         compositions[:, list(self.model.elements)] = decoding.composition_BE.float().cpu()
         return map(Estimate, counts, compositions.numpy())
 

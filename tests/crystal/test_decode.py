@@ -418,3 +418,15 @@ def test_an_element_is_weighed_against_the_composition(share: float, told: dict[
     found = decode("c", density, species, labelled, PAIR.lattice_A, COARSE, "occupancy", estimate(Si=1, **told)).crystal
     assert found is not None
     assert sorted(found.numbers_N) == sorted([14, element])
+
+
+def test_what_the_network_does_not_know_is_never_decoded() -> None:
+    """Two atoms of silicon where 0.3 are told: another element would be likelier by the count, but there is none."""
+    pair = replace(PAIR, numbers_N=[14, 14])
+    fields = "c", *fields_of(pair, COARSE), pair.lattice_A, COARSE, "occupancy"
+    told = estimate(Si=0.3)
+    known = np.where(np.arange(MAX_Z + 1) == 14, told.composition_Z, -np.inf)
+    for atoms, composition, found in ((2.0, told.composition_Z, {1, 14}), (2.0, known, {14})):
+        crystal = decode(*fields, Estimate(atoms, composition)).crystal
+        assert crystal is not None and len(crystal) == 2
+        assert set(crystal.numbers_N) == found
