@@ -573,7 +573,10 @@ def _finish_options(parser: argparse.ArgumentParser) -> None:
         "--relax", metavar="MODULE:FACTORY",
         help="relax atoms and cell by a calculator of ASE, such as ase.calculators.emt:EMT or chgnet.model:CHGNetCalculator",
     )  # fmt: skip
-    parser.add_argument("--relax-steps", type=_count, default=200, metavar="N", help="at most; 0 gives the energy alone")
+    parser.add_argument(
+        "--relax-steps", type=_count, default=argparse.SUPPRESS, metavar="N",
+        help="at most; without it, 200; 0 gives the energy alone",
+    )  # fmt: skip
     parser.add_argument(
         "--density", choices=("cube", "chgcar"), help="also write each channel of each crystal's decoded grid"
     )

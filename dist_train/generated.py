@@ -32,6 +32,7 @@ from dist_train.screens import Screens
 
 CRYSTALS_PER_PROCESS = 64
 """Fewer are done before another process is there to help."""
+RELAX_STEPS = 200
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 """The first that an archive can state."""
 COLUMNS = (
@@ -54,7 +55,7 @@ class Finish:
     screens: Screens = field(default_factory=lambda: Screens(()))
     symmetrize_A: float | None = None
     calculator: Calculator | None = None
-    relax_steps: int = 200
+    relax_steps: int = RELAX_STEPS
     workers: int = 1
 
     @property

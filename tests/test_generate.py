@@ -446,6 +446,10 @@ def test_relaxation_is_bounded_and_its_failures_are_counted(tmp_path: Path) -> N
     assert runs["n_relaxed"] + runs["n_stopped"] == 4
     assert all(row["relax_steps"] in "123" and float(row["energy_eV_per_atom"]) for row in table(tmp_path / "c"))
     assert f"stopped after 3 steps, {runs['n_failed']} failed" in summary(found)
+    still = made(tmp_path / "s", "sample", CARBON, n=4, seed=1, relax=EMT_NAME, relax_steps=0)
+    assert "energies of 4 as they are, 0 failed" in summary(still)
+    with pytest.raises(ConfigError, match="--relax-steps 3 is of --relax, which isn't given"):
+        made(tmp_path / "s", "sample", CARBON, relax_steps=3)
     other = made(tmp_path / "p", "reconstruct", inputs=[KNOWN], relax=EMT_NAME)
     assert other.metrics["relaxation"]["n_failed"] == other.metrics["n_written"] == 1
     assert "No EMT-potential for " in table(tmp_path / "p")[0]["relax_failure"]

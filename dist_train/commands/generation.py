@@ -40,7 +40,7 @@ from dist_train.errors import ConfigError, CrystalError, DataError, ModelError
 from dist_train.files import STAGE_NAME, sha256, staged, write_text
 from dist_train.generate import altered_latents, decode, encode, interpolate_latents, sample_latents
 from dist_train.generate_report import Output, write_generation_report
-from dist_train.generated import COLUMNS, Finish, Result, counts, finished, processes, result_of, write_files
+from dist_train.generated import COLUMNS, RELAX_STEPS, Finish, Result, counts, finished, processes, result_of, write_files
 from dist_train.models.export import SUMS_NAME, read_bundle, read_properties, training_digests
 from dist_train.models.properties import PropertyHeads
 from dist_train.models.reconstruct import BATCH, Codec
@@ -108,7 +108,7 @@ class GenerateOptions:
     training: Sequence[str] = ()
     symmetrize: float | None = None
     relax: str | None = None
-    relax_steps: int = 200
+    relax_steps: int = RELAX_STEPS
     density: Literal["cube", "chgcar"] | None = None
     workers: int = 1
 
@@ -317,6 +317,8 @@ def _check(options: GenerateOptions) -> None:
             raise ConfigError("generate alter has nothing to do: give --replace, --scale, --along or --perturb")
         if options.n > 1 and options.perturb is None:
             raise ConfigError(f"-n {options.n} crystals would be one and the same: give --perturb, too, or leave -n out")
+    if options.relax is None and options.relax_steps != RELAX_STEPS:
+        raise ConfigError(f"--relax-steps {options.relax_steps} is of --relax, which isn't given: add it or leave both out")
     if options.out.is_dir() and {path.name for path in options.out.iterdir()} - {STAGE_NAME}:
         try:
             ours = "n_screened_out" in json.loads((options.out / "metrics.json").read_text())
@@ -488,8 +490,8 @@ def _counted(generation: Generation) -> list[str]:
         lines.append(f"{snaps['n_snapped']} snapped to their symmetry, {snaps['n_left']} left as they were")
     if runs := metrics["relaxation"]:
         steps = generation.options.relax_steps
-        lines.append(
-            f"{runs['n_relaxed']} relaxed, {runs['n_stopped']} stopped after {steps} steps, {runs['n_failed']} failed"
-        )
+        done = f"{runs['n_relaxed']} relaxed, {runs['n_stopped']} stopped after {steps} steps"
+        energies = f"energies of {runs['n_relaxed'] + runs['n_stopped']} as they are"
+        lines.append(f"{done if steps else energies}, {runs['n_failed']} failed")
         lines += [f"  {count}: {reason}" for reason, count in runs["failed"].items()]
     return lines

@@ -114,7 +114,7 @@ def _add(found: Found, given: str, fs: Any, path: str) -> None:
     elif fs.isdir(path):
         _add_folder(found, given, fs, path)
     elif not there:
-        raise DataError(f"input {given} is neither a folder nor a file; check data.inputs")
+        raise DataError(f"input {given} is neither a folder nor a file; check its name")
     elif _kind(path) is None:
         raise DataError(f"input {given} is of no known kind: names end in {' '.join(formats.ENDINGS)}, .tar or .zip")
     else:

@@ -402,7 +402,7 @@ def test_urls_that_nothing_here_can_open(url: str, message: str) -> None:
 
 @pytest.mark.parametrize("name", ["nothing", "nothing/x.cif", "nothing.parquet"])
 def test_missing_inputs(tmp_path: Path, name: str) -> None:
-    with pytest.raises(DataError, match=rf"input {tmp_path}/{name} is neither a folder nor a file; check data.inputs"):
+    with pytest.raises(DataError, match=rf"input {tmp_path}/{name} is neither a folder nor a file"):
         discover([str(tmp_path / name)])
 
 
