@@ -501,7 +501,7 @@ def _add_generate(verbs: Verbs) -> None:
 
 
 def _sample_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-n", type=_count, default=16, help="crystals to make")
+    parser.add_argument("-n", type=_positive, default=16, help="crystals to make")
     parser.add_argument("--seed", type=_count, default=0, help="same seed, same crystals")
     parser.add_argument("--composition", metavar="FORMULA", help="steer to crystals of this formula: BaTiO3")
     parser.add_argument("--elements", metavar="A,B,C", help="steer to crystals of these elements alone: Ba,Ti,O")
@@ -611,7 +611,7 @@ def _add_embed(verbs: Verbs) -> None:
     parser = _verb(
         verbs, "embed", "latents of many crystals, with what the model decodes them to, as Parquet tables, on Ray",
         "Writes part-XXXXX.parquet, a row for each crystal in their order (a failed one with a reason in its column error), "
-        "and embed.json to --output. The same command goes on where it was stopped and leaves finished parts alone.",
+        "and _embed.json to --output. The same command goes on where it was stopped and leaves finished parts alone.",
     )  # fmt: skip
     _model_options(parser)
     parser.add_argument(

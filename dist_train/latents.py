@@ -1,4 +1,4 @@
-"""A folder of latents: `part-00000.parquet` and so on, a row for each crystal, and `embed.json`, which says of what.
+"""A folder of latents: `part-00000.parquet` and so on, a row for each crystal, and `_embed.json`, which says of what.
 
 Each part holds the identity of its job and its own counts in its schema's metadata: what was cut short, or is of another
 job, isn't taken for a finished part.
@@ -24,7 +24,7 @@ from dist_train.crystal.interop import one_line
 from dist_train.errors import DataError, kind_of
 from dist_train.files import atomic_path, write_text
 
-ABOUT_NAME, FORMAT_VERSION = "embed.json", 1
+ABOUT_NAME, FORMAT_VERSION = "_embed.json", 1
 DECIDING = ("bundle_sha256", "input_digest", "decoded", "batch", "rows_per_part", "format_version")
 """What of a job decides the bytes of its parts; workers and the names of model and inputs don't."""
 INFO = ("id", "input", "file", "row", "formula", "n_atoms", "digest")
@@ -33,7 +33,7 @@ _IDENTITY, _COUNTS = b"dist_train.job", b"dist_train.counts"
 
 @dataclass(frozen=True)
 class About:
-    """What the rows of a folder are, as `embed.json` has it.
+    """What the rows of a folder are, as `_embed.json` has it.
 
     model: as it was asked for; resolved: its folder, or the version that its name stood for; bundle_sha256: of its
     SHA256SUMS. latent: numbers in a latent. decoded: each was decoded and compared. batch: crystals that the networks took
@@ -132,7 +132,7 @@ def write_about(folder: Path, about: About) -> None:
 
 
 def read_about(folder: Path) -> About | None:
-    """What a folder holds, None where it has no `embed.json`. Raises DataError for one that can't be understood."""
+    """What a folder holds, None where it has no `_embed.json`. Raises DataError for one that can't be understood."""
     try:
         about = json.loads((folder / ABOUT_NAME).read_text())
         return About(**about | {"inputs": tuple(about["inputs"])})

@@ -171,7 +171,8 @@ def atoms_of(text: str, formula: bool) -> Atoms:
     for symbol, count in parts:
         if symbol not in NUMBERS or count.startswith("0"):
             told = "write a formula such as BaTiO3" if formula else "write symbols of elements such as Ba,Ti,O"
-            raise ConfigError(f"{text!r}: {symbol + count!r} is no element with its number of atoms; {told}")
+            number = " with its number of atoms" if formula else ""
+            raise ConfigError(f"{text!r}: {symbol + count!r} is no element{number}; {told}")
         counts[NUMBERS[symbol]] = counts.get(NUMBERS[symbol], 0) + int(count or 1)
     return Atoms(counts, formula)
 

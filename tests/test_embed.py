@@ -85,7 +85,7 @@ def plain(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def table(out: Path) -> pa.Table:
-    return pa.concat_tables([pq.read_table(path) for path in sorted(out.glob("part-*.parquet"))])
+    return pq.read_table(out)  # as any program reads it
 
 
 def rows(out: Path) -> list[dict[str, object]]:
@@ -226,7 +226,7 @@ def test_another_job_in_its_folder_is_refused(inputs: Path, plain: Path, change:
 
 def test_a_folder_of_other_things_is_refused(inputs: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(DataError, match=r"is not empty and holds no embed\.json"):
+    with pytest.raises(DataError, match=r"is not empty and holds no _embed\.json"):
         run(inputs, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -291,13 +291,13 @@ def test_what_nearest_refuses(inputs: Path, plain: Path, tmp_path: Path) -> None
             nearest_crystals([cif], folder, model, None, 3, False, None)
 
     told("holds the latents of another model", plain, str(MODELS / "carbon_24"))
-    told(r"has no embed\.json", inputs)
+    told(r"has no _embed\.json", inputs)
     unfinished = tmp_path / "unfinished"
     shutil.copytree(plain, unfinished)
     (unfinished / "part-00001.parquet").unlink()
     told(r"part-00001\.parquet can't be read", unfinished)
-    document = json.loads((unfinished / "embed.json").read_text())
-    (unfinished / "embed.json").write_text(json.dumps(document | {"counts": None}))
+    document = json.loads((unfinished / "_embed.json").read_text())
+    (unfinished / "_embed.json").write_text(json.dumps(document | {"counts": None}))
     told("holds an unfinished job", unfinished)
-    (unfinished / "embed.json").write_text("{")
+    (unfinished / "_embed.json").write_text("{")
     told(r"embed\.json can't be read", unfinished)

@@ -551,6 +551,8 @@ LARGE = min((CIFS / "mp2025_n101_up").glob("*.cif"))
         ("alter", {"inputs": [KNOWN], "replace": ["Sn=Zr"], "within": 0.1}, "give both or none"),
         ("alter", {"inputs": [KNOWN], "within": 0.1, "of": (0, 0, 0)}, "and neither is given"),
         ("alter", {"inputs": [KNOWN], "replace": ["Sn=Zr"], "n": 2}, "one and the same"),
+        ("sample", {"composition": "BaTiO3", "elements": "Ba,Ti"}, "says which elements: leave out --elements Ba,Ti"),
+        ("sample", {"elements": "Ba,Xx"}, "'Xx' is no element; write symbols"),
         ("sample", {"screens": ["nice"]}, "--screen 'nice' is none of valid, distance=1.0"),
         ("sample", {"screens": ["distance=-1"]}, "'-1' is no distance"),
         ("sample", {"model": "nowhere"}, "no model bundle"),

@@ -55,7 +55,9 @@ def named_numbers(option: str, texts: Sequence[str]) -> dict[str, float]:
 
 
 def wanted_atoms(composition: str | None, elements: str | None) -> list[Atoms]:
-    """Of a formula and of a list of elements, where they are given. Raises ConfigError."""
+    """Of a formula or of a list of elements, where one is given. Raises ConfigError."""
+    if composition is not None and elements is not None:
+        raise ConfigError(f"--composition {composition} says which elements: leave out --elements {elements}")
     return [atoms_of(text, formula) for text, formula in ((composition, True), (elements, False)) if text is not None]
 
 
