@@ -141,6 +141,8 @@ def pull(uri: str, model: str, folder: Path) -> Path:
 def _connect(uri: str) -> Any:
     if has_password(uri):
         raise ConfigError(f"the tracking URI {NO_PASSWORD}")
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        raise ModelError(f"{uri} is no database: there is no such file, and a registry is only made by a tracked run")
     return connect(uri)
 
 
@@ -176,8 +178,9 @@ def _all_versions(client: Any, name: str) -> list[Any]:
 
 
 def _there_is(versions: Sequence[Version]) -> str:
-    aliases = sorted(alias for version in versions for alias in version.aliases)
-    return f"it has the aliases {aliases} and the versions {[str(version.number) for version in reversed(versions)]}"
+    aliases = ", ".join(sorted(alias for version in versions for alias in version.aliases))
+    numbers = ", ".join(str(version.number) for version in reversed(versions))
+    return f"it has the aliases {aliases or '(none)'} and the versions {numbers}"
 
 
 def _copy_of_the_package(folder: Path) -> Path:

@@ -206,10 +206,11 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_what_is_asked_wrongly_is_one_line(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    run = place.run("a", {"val/loss": 1.0})
     assert place.cli("list") == 2
     assert f"has no model '{NAME}'; known: none" in error_of(capsys)
-    register(place.run("a", {"val/loss": 1.0}))
-    there = "it has the aliases ['candidate', 'champion'] and the versions ['1']"
+    register(run)
+    there = "it has the aliases candidate, champion and the versions 1"
     for arguments, told in (
         (("rollback", "--reason", "x"), f"has no version or alias 'previous'; {there}"),
         (("promote", "7", "--reason", "x"), f"has no version or alias '7'; {there}"),
@@ -246,6 +247,13 @@ def test_a_damaged_or_newer_bundle_is_refused_when_it_is_pulled(
     monkeypatch.setattr(export, "FORMAT_VERSION", 0)  # as a program from before this format
     with pytest.raises(ModelError, match="has format 2, this program reads up to 0: update it"):
         read_bundle(pull(place.uri, f"models:/{NAME}@candidate", tmp_path / "newer"))
+
+
+def test_a_mistyped_database_is_told_and_not_made(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    place.uri = f"sqlite:///{place.folder}/elsewhere/other.db"
+    assert place.cli("list") == 2
+    assert "elsewhere/other.db is no database: there is no such file" in error_of(capsys)
+    assert not (place.folder / "elsewhere").exists()
 
 
 @contextmanager
