@@ -53,6 +53,7 @@ def write_generation_report(
     figures = Table("Figures", ("figure", "value"), tuple((metrics or {}).items()))
     shown = outputs[:MAX_SHOWN]
     alone = [view(output.id, output.decoded) for output in shown if output.before is None]
+    alone = alone if is_path or any(each.cif for each in alone) else []  # else they are in the table of crystals
     write_report(
         path,
         title=title,

@@ -18,6 +18,8 @@ from dist_train.serving import COLUMNS, Params
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 SUMS_TAG, REASON_TAG = "bundle_sha256", "champion_reason"
+MAX_TAG = 5000
+"""Characters of a tag's value that MLflow keeps."""
 MODEL_CODE = Path(__file__).with_name("mlflow_model.py")
 REQUIREMENTS = ("torch", "numpy", "scipy", "numba", "spglib", "gemmi", "pydantic", "pyyaml", "safetensors", "tqdm", "pandas")
 """What a served model needs beside mlflow; the package's own code travels with it."""
@@ -32,6 +34,11 @@ class Version:
     created_ms: int
     run_id: str
     tags: dict[str, str]
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why it became champion, a line for each time."""
+        return self.tags.get(REASON_TAG, "").splitlines()
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,8 @@ class Registry:
         if before is not None and before.number != version.number:
             self.point(PREVIOUS, before.number)
         with _told(self.uri):
-            self._client.set_model_version_tag(self.name, str(version.number), REASON_TAG, reason)
+            kept = "\n".join([*version.reasons, reason])[-MAX_TAG:]
+            self._client.set_model_version_tag(self.name, str(version.number), REASON_TAG, kept)
         self.point(CHAMPION, version.number)
         return before
 

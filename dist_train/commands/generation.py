@@ -7,6 +7,7 @@ import json
 import logging
 import platform
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +29,7 @@ from dist_train.commands.steering import (
     searched,
     wanted_atoms,
 )
+from dist_train.config import GridSpec
 from dist_train.crystal.alter import make_edit
 from dist_train.crystal.case import unknown_elements
 from dist_train.crystal.decode import Decoded
@@ -129,9 +131,8 @@ class Generation:
     @property
     def title(self) -> str:
         """What was done with which model, in a line."""
-        return " ".join([self.options.task, *self.options.inputs[:3], *["..."][: len(self.options.inputs) > 3]]) + (
-            f" by {self.options.model}"
-        )
+        given = [*self.options.inputs[:3], *["..."][: len(self.options.inputs) > 3], *self.options.target]
+        return f"{' '.join([self.options.task, *given])} by {self.options.model}"
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def generate(options: GenerateOptions) -> Generation:
     aims = named_numbers("--target", options.target) | named_numbers("--along", options.along)
     if aims and heads is None:
         raise ModelError(
-            f"the model {options.model} has no properties, {next(iter(aims))!r} was asked for: add it with dist-train "
+            f"the model {options.model} has no properties, {next(iter(aims))!r} was asked for: fit it with dist-train "
             "fit-properties"
         )
     screens = _screens(options, known, network.grid.max_atoms, stages)
@@ -252,7 +253,7 @@ def _write_page(
         Output(
             result.id,
             replace(result.decoded, crystal=result.crystal, reason=result.reason),
-            result.original,
+            result.original and _as_decoded(result.original, codec.model.grid),
             f"screened out: {result.reason}" if result.screen else "",
         )
         for result in results
@@ -277,7 +278,7 @@ def _write_page(
     write_generation_report(
         path,
         title=generation.title,
-        summary="; ".join(line for line in _counted(generation) if not line.startswith(" ")) + ".",
+        summary="; ".join(line.removesuffix(":") for line in _counted(generation) if not line.startswith(" ")) + ".",
         outputs=outputs,
         metrics={name: value for name, value in metrics.items() if isinstance(value, int | float)},
         columns=[COLUMNS[place].replace("_", " ") for place in full],
@@ -288,6 +289,13 @@ def _write_page(
         densities=densities,
         tables=[Table("Properties", PROPERTY_COLUMNS, tuple(map(tuple, told)), "Read off latents by the model's heads.")],
     )
+
+
+def _as_decoded(crystal: Crystal, spec: GridSpec) -> Crystal:
+    """The crystal in the cell and at the origin at which it is decoded, to be compared by eye."""
+    with suppress(CrystalError):
+        return representable(crystal, spec)
+    return crystal
 
 
 def _read_off(model: _Model, asked: Sequence[_Asked], results: Sequence[Result], stages: Stages) -> list[PropertyRow]:
@@ -386,7 +394,8 @@ def _interpolate(options: GenerateOptions, model: _Model, stages: Stages) -> Ite
     legs = [interpolate_latents(start, stop, options.steps, around) for start, stop in zip(ends, ends[1:])]
     latent_NL = torch.cat([legs[0][:1], *(leg[1:] for leg in legs)])
     for place, latent in enumerate(latent_NL):
-        yield _Asked(f"step-{place:02d}", latent)
+        given, between = divmod(place, options.steps - 1)
+        yield _Asked(f"step-{place:02d}" + (f"-{crystals[given].id}" if not between else ""), latent)
 
 
 def _alter(options: GenerateOptions, model: _Model, stages: Stages) -> Iterator[_Asked]:

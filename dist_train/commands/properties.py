@@ -26,7 +26,7 @@ from dist_train.errors import ConfigError, DataError, kind_of
 from dist_train.files import sha256
 from dist_train.generate import posterior
 from dist_train.model_card import model_card
-from dist_train.models.export import SUMS_NAME, add_properties, read_bundle, training_digests
+from dist_train.models.export import SUMS_NAME, add_properties, check_place, read_bundle, read_properties, training_digests
 from dist_train.models.properties import MEMBERS, BoolArray, Labels, fit_properties
 from dist_train.models.reconstruct import Codec
 from dist_train.models.vae import Latent
@@ -88,8 +88,13 @@ def fit(options: FitOptions) -> str:
         raise ConfigError(f"--property {doubled[0]!r} is given {len(asked)} times: give every name once")
     if not 0 < options.held_out < 1:
         raise ConfigError(f"--held-out {options.held_out:g} is no share: give a number between 0 and 1")
-    if out.exists() and not (out / SUMS_NAME).exists() and any(out.iterdir()):
-        raise ConfigError(f"{out} is not empty and holds no bundle: set --out to another folder")
+    check_place(out)
+    names = {known.name for known in asked}
+    if lost := sorted(_properties_of(out) - names):
+        raise ConfigError(
+            f"{out} holds properties that would be lost: {', '.join(lost)}; name them too by --property, as all are fitted "
+            "together, or set --out to another folder"
+        )
     with bundle_folder(options.model, options.tracking_uri) as folder:
         network, config = read_bundle(folder)
         codec = Codec(network)
@@ -117,8 +122,16 @@ def fit(options: FitOptions) -> str:
     lines = [properties_table(heads.properties)]
     if left_out := int((~kept_N).sum()):
         lines.append(f"{left_out} rows of --data were left out: their formula, or a near copy, is in --test")
+    if dropped := sorted({known["name"] for known in config.get("properties", {}).get("properties", ())} - names):
+        lines.append(f"not in it: {', '.join(dropped)} of {options.model}; all properties are fitted together")
     lines += [f"{n} rows were not taken: {why}" for why, n in (rows.refused + tests.refused).most_common()]
     return "\n".join([*lines, f"bundle with properties: {out}"])
+
+
+def _properties_of(folder: Path) -> set[str]:
+    """Names of the properties of the bundle in a folder, if there is one."""
+    heads = read_properties(folder) if (folder / SUMS_NAME).is_file() else None
+    return {known.name for known in heads.properties} if heads else set()
 
 
 def _wanted(text: str) -> _Wanted:

@@ -22,9 +22,6 @@ from dist_train.shards.reader import ShardReader
 if TYPE_CHECKING:
     from dist_train.backends.mlflow_registry import Registry, Upload
 
-MAX_TAG = 5000
-"""Characters of a tag's value that MLflow keeps."""
-
 
 def register(run_dir: Path, alias: str | None = None, reason: str | None = None) -> str:
     """Make a finished run's bundle a version of its model, once, with the alias candidate; returns a summary.
@@ -64,7 +61,7 @@ def register(run_dir: Path, alias: str | None = None, reason: str | None = None)
 
 def _upload(config: RunConfig, run_dir: Path, folder: Path) -> Upload:
     """What a version of a run is made of; run_dir may have been moved since; folder: for the card."""
-    from dist_train.backends.mlflow_registry import SUMS_TAG, Upload
+    from dist_train.backends.mlflow_registry import MAX_TAG, SUMS_TAG, Upload
 
     bundle, figures = run_dir / "bundle", run_dir / "figures"
     about = (described := read_bundle(bundle)[1])["about"]
@@ -133,7 +130,7 @@ def verdict(gate: GateConfig, new: dict[str, str], champion: dict[str, str] | No
 
 def list_versions(uri: str, name: str) -> str:
     """A table of all versions, the newest first, and why each that was champion became it."""
-    from dist_train.backends.mlflow_registry import REASON_TAG, Registry
+    from dist_train.backends.mlflow_registry import Registry
 
     registry = Registry(uri, name)
     versions = registry.versions() or [registry.version("latest")]
@@ -145,8 +142,9 @@ def list_versions(uri: str, name: str) -> str:
         aliases = ", ".join(version.aliases) or "-"
         commit, data = (version.tags.get(key, "-")[:8] for key in ("git_commit", "data_digest"))
         lines.append(f"{version.number:>7}  {aliases:<20}  {made:<16}  {commit:<8}  {data:<8}  {shown}".rstrip())
-    told = [f"version {v.number} became champion {v.tags[REASON_TAG]}" for v in versions if REASON_TAG in v.tags]
-    return "\n".join((*lines, *told))
+    # Reasons begin with the time.
+    reasons = sorted(((reason, v.number) for v in versions for reason in v.reasons), reverse=True)
+    return "\n".join((*lines, *(f"version {number} became champion {reason}" for reason, number in reasons)))
 
 
 def promote(uri: str, name: str, which: str, reason: str) -> str:
@@ -159,7 +157,7 @@ def promote(uri: str, name: str, which: str, reason: str) -> str:
     version = registry.version(which)
     if CHAMPION in version.aliases:
         return f"{name} version {version.number} is champion already"
-    before = registry.promote(version, f"{_now()}, by hand: {reason}"[:MAX_TAG])
+    before = registry.promote(version, f"{_now()}, by hand: {' '.join(reason.split())}")
     return f"{name} version {version.number} is champion" + (f", version {before.number} is previous" if before else "")
 
 
@@ -171,4 +169,4 @@ def rollback(uri: str, name: str, reason: str) -> str:
 
 
 def _now() -> str:
-    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())

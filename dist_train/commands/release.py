@@ -7,15 +7,17 @@ from pathlib import Path
 from dist_train.errors import DataError
 from dist_train.model_card import model_card
 from dist_train.models import export
-from dist_train.models.export import WEIGHTS_NAME, read_bundle, training_digests, write_bundle
+from dist_train.models.export import WEIGHTS_NAME, check_place, read_bundle, training_digests, write_bundle
 
 
 def release(run_dir: Path, out: Path, evaluation: Path | None) -> str:
     """Write the bundle of a run with weights in half precision, its card and run file, and the metrics of an evaluation.
 
     The folder has the name of the model. evaluation: folder of `dist-train evaluate`, best of this very release.
-    Raises ModelError for a run without a bundle, DataError for an evaluation without metrics.
+    Raises ModelError for a run without a bundle, DataError for an evaluation without metrics, ConfigError where `out` holds
+    anything but a bundle.
     """
+    check_place(out)
     network, config = read_bundle(run_dir / "bundle")
     files = {"model_card.md": model_card(out.name, config).encode(), "run.yaml": (run_dir / "run.yaml").read_bytes()}
     if evaluation is not None:

@@ -19,9 +19,12 @@ from dist_train.models.reconstruct import Codec
 from dist_train.steer import Atoms, atoms_cost, atoms_of, property_cost, search
 from dist_train.tables import beware
 
-PROPERTY_COLUMNS = ("id", "formula", "property", "aim", "before", "at_latent", "spread", "decoded")
-"""Of properties.csv. aim: a target's value, or standard deviations to go; before: of the known crystal; at_latent, spread:
-mean and standard deviation of the heads at the latent that was decoded; decoded: their mean for the crystal it gave."""
+PROPERTY_COLUMNS = (
+    "id", "formula", "property", "unit", "target", "moved_std", "before", "at_latent", "spread", "decoded",
+)  # fmt: skip
+"""Of properties.csv. moved_std: standard deviations of the labels, along the linear fit, that a known crystal was moved by;
+before: of that crystal; at_latent, spread: mean and standard deviation of the heads at the latent that was decoded; decoded:
+their mean for the crystal it gave."""
 
 
 class PropertyRow(NamedTuple):
@@ -30,7 +33,9 @@ class PropertyRow(NamedTuple):
     id: str
     formula: str
     name: str
-    aim: float
+    unit: str
+    target: float | None
+    moved_std: float | None
     before: float | None
     at_latent: float
     spread: float
@@ -99,7 +104,9 @@ def property_rows(
             p = heads.place(name)
             value, spread = float(at.value_NP[0, p]), float(at.spread_NP[0, p])
             known, made = (None if values is None else float(values[p]) for values in (before, after.get(place)))
-            found.append(PropertyRow(id, crystal.formula if crystal else "", name, aim, known, value, spread, made))
+            formula, unit = crystal.formula if crystal else "", heads.properties[p].unit
+            target, moved = (aim, None) if before is None else (None, aim)
+            found.append(PropertyRow(id, formula, name, unit, target, moved, known, value, spread, made))
     return found
 
 
@@ -114,7 +121,11 @@ def property_lines(heads: PropertyHeads, rows: Sequence[PropertyRow], targets: b
             f"{known.n_held_out} crystals held out ({known.mae_median:.4g} for the same number everywhere)"
         )
         lines += beware(known)
-        aim = f"target {own[0].aim:g}" if targets else f"moved by {own[0].aim:+g} standard deviations of {known.std:.4g}"
+        aim = (
+            f"target {own[0].target:g}"
+            if targets
+            else f"moved by {own[0].moved_std:+g} standard deviations of {known.std:.4g}"
+        )
         titles = (*(() if targets else ("before",)), "at latent", "spread", "decoded")
         lines.append(f"{name}, {aim}".ljust(44) + "".join(f"{title:>11}" for title in titles))
         for row in own[:listed]:
@@ -122,9 +133,10 @@ def property_lines(heads: PropertyHeads, rows: Sequence[PropertyRow], targets: b
             cells = ["-" if number is None else f"{number:.4g}" for number in numbers]
             lines.append(f"  {row.id}  {row.formula or 'no crystal'}".ljust(44) + "".join(f"{cell:>11}" for cell in cells))
         lines += [f"  and {len(own) - listed} more, see properties.csv"] * (len(own) > listed)
-        made = [abs(row.decoded - row.aim) for row in own if row.decoded is not None]
+        at = [abs(row.at_latent - row.target) for row in own if row.target is not None]
+        made = [abs(row.decoded - row.target) for row in own if row.target is not None and row.decoded is not None]
         if targets and made:
-            off = sum(abs(row.at_latent - row.aim) for row in own) / len(own)
+            off = sum(at) / len(at)
             lines.append(
                 f"  mean distance from the target, by the heads: {off:.4g} at latents, {sum(made) / len(made):.4g} of "
                 f"the {len(made)} crystals decoded"

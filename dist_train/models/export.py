@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dist_train import __version__
 from dist_train.config import GridSpec, ModelConfig
-from dist_train.errors import ModelError
+from dist_train.errors import ConfigError, ModelError
 from dist_train.files import fsync, sha256
 from dist_train.models.autoencoder import CrystalAutoencoder
 from dist_train.models.properties import PropertyHeads
@@ -41,7 +42,7 @@ def write_bundle(
     digests: NDArray[np.uint64] | None = None,
     files: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Path:
-    """Write a bundle that replaces `folder` as a whole.
+    """Write a bundle that replaces the one in `folder` as a whole. Raises ConfigError as `check_place` does.
 
     weights: by the model's parameter names; about: provenance (data digest, step, metrics...), kept in config.json;
     digests: of the training crystals, rising, each once; None where they aren't known; files: others, by their names.
@@ -78,22 +79,36 @@ def add_properties(
 
 
 def _temporary(folder: Path) -> Path:
-    """Where a folder is made, beside its place."""
+    """Where a folder is made, beside its place. Raises ConfigError as `check_place` does."""
+    check_place(folder)
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     return temporary
 
 
 def _put(temporary: Path, folder: Path) -> Path:
-    """Sum up the files of a folder and put it in the place of another."""
+    """Sum up the files of a folder and put it in the place of another bundle."""
     sums = "".join(f"{sha256(path)}  {path.name}\n" for path in sorted(temporary.iterdir()))
     (temporary / SUMS_NAME).write_text(sums)
     for path in temporary.iterdir():
         path.chmod(0o644)
         fsync(path)
-    shutil.rmtree(folder, ignore_errors=True)
+    before = folder.with_name(f".{folder.name}.before")
+    shutil.rmtree(before, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, before)
     os.replace(temporary, folder)
+    shutil.rmtree(before, ignore_errors=True)
     return folder
+
+
+def check_place(folder: Path) -> None:
+    """Raise ConfigError for a folder that a bundle would replace although it holds something else."""
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    sums = folder / SUMS_NAME
+    listed = {line.partition("  ")[2] for line in sums.read_text(errors="replace").splitlines()} if sums.is_file() else set()
+    if others := sorted(there - listed - {SUMS_NAME}):
+        raise ConfigError(f"{folder} holds {others[0]!r}, which is of no bundle and would be lost: choose another folder")
 
 
 def read_bundle(folder: Path) -> tuple[CrystalAutoencoder, dict[str, Any]]:
@@ -114,7 +129,12 @@ def read_bundle(folder: Path) -> tuple[CrystalAutoencoder, dict[str, Any]]:
         )
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced: leave the caller's numbers alone
         model = CrystalAutoencoder.from_config(config)
-    model.load_state_dict(load_file(folder / WEIGHTS_NAME))
+    try:
+        model.load_state_dict(load_file(folder / WEIGHTS_NAME))
+    except (SafetensorError, RuntimeError) as error:
+        raise ModelError(
+            f"bundle file {folder / WEIGHTS_NAME} doesn't hold the model's weights: {str(error).splitlines()[0]}"
+        ) from None
     return model.eval(), config
 
 

@@ -130,7 +130,9 @@ class PropertyHeads(nn.Module):
         """Of a property among the columns of predictions."""
         names = [known.name for known in self.properties]
         if name not in names:
-            raise ModelError(f"no property {name!r} in this model, it has {names}: add it with dist-train fit-properties")
+            raise ModelError(
+                f"no property {name!r} in this model, it has {names}: fit them together with it by dist-train fit-properties"
+            )
         return names.index(name)
 
     def direction(self, name: str) -> Tensor:

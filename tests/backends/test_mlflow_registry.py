@@ -133,6 +133,7 @@ def test_champion_moves_by_the_gate_and_by_hand_and_back(place: Place, capsys: p
     assert "loss 0.95" in lines[4]
     assert re.search(r"version 2 became champion \S+ \S+ UTC, by hand: a better look", shown)
     assert re.search(r"version 5 became champion \S+ \S+ UTC, by hand: it was not", shown)
+    assert re.search(r"version 5 became champion \S+ \S+ UTC, by the gate: val/loss 0.5", shown), "an earlier reason is kept"
     assert re.search(r"version 1 became champion \S+ \S+ UTC, by the gate: val/loss 1,", shown)
 
 

@@ -21,10 +21,10 @@ from dist_train.crystal.digest import digests_near
 from dist_train.crystal.frames import representable
 from dist_train.crystal.moved import moved
 from dist_train.crystal.structure import Crystal
-from dist_train.errors import DataError, ModelError
+from dist_train.errors import ConfigError, DataError, ModelError
 from dist_train.files import sha256
 from dist_train.generate import encode, posterior, sample_latents
-from dist_train.models.export import CONFIG_NAME, PROPERTIES_NAME, read_bundle, read_properties
+from dist_train.models.export import CONFIG_NAME, PROPERTIES_NAME, add_properties, read_bundle, read_properties
 from dist_train.models.properties import Labels, PropertyHeads, fit_properties
 from dist_train.models.reconstruct import Codec
 from dist_train.models.vae import Latent
@@ -224,6 +224,33 @@ def test_the_verbs_from_table_to_crystals(tmp_path: Path, capsys: pytest.Capture
     (plain / "properties.safetensors").write_bytes(b"damaged")
     assert main([*target, str(plain)]) == 2
     assert "properties.safetensors is missing or differs" in capsys.readouterr().err
+
+
+def test_a_bundle_replaces_nothing_but_a_bundle(tmp_path: Path, heads: PropertyHeads) -> None:
+    """Not even one with a file of the user's in it, for which that is."""
+    shutil.copytree(MODEL, tmp_path / "run" / "bundle")
+    shutil.copy(MODEL / "run.yaml", tmp_path / "run")
+    out = tmp_path / "out"
+    (out / "chapters").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="holds 'chapters', which is of no bundle and would be lost"):
+        release(tmp_path / "run", out, None)
+    assert [path.name for path in out.iterdir()] == ["chapters"]
+    (out / "chapters").rmdir()
+    release(tmp_path / "run", out, None)
+    release(tmp_path / "run", out, None)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"holds 'notes.txt'"):
+        add_properties(out, out, heads, heads.config())
+    read_bundle(out)
+    assert (out / "notes.txt").read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "out"}
+
+
+def test_properties_are_not_lost_without_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(MODEL, tmp_path / "model")
+    data = ["--data", str(DATA / "sample" / "perov_5.parquet"), "--property", "volume_per_atom"]
+    assert main(["fit-properties", "--model", str(MODEL), *data, "--out", str(tmp_path / "model")]) == 2
+    assert "holds properties that would be lost: band_gap, formation_energy; name them too" in capsys.readouterr().err
 
 
 def test_a_release_keeps_the_properties_of_its_run(tmp_path: Path, heads: PropertyHeads) -> None:
