@@ -49,10 +49,7 @@ class Screens:
             return f"like {known.id}, which the model was trained on" if (known := training.like(crystal)) else ""
 
         def doubled(crystal: Crystal) -> str:
-            if other := kept.like(crystal):
-                return f"like {other.id}"
-            kept.add(crystal)
-            return ""
+            return f"like {other.id}" if (other := kept.like(crystal, keep=True)) else ""
 
         checks: dict[str, Callable[[Crystal], str]] = {
             "valid": _invalid, "distance": self._too_near, "composition": _unbalanced, "novel": trained_on,
@@ -109,23 +106,26 @@ class Lookup:
 
     def __init__(self, crystals: Iterable[Crystal] = ()) -> None:
         self._given: dict[str, list[Crystal]] = {}
-        self._cells: dict[tuple[str, int], list[Crystal]] = {}
+        self._cells: dict[str, list[Crystal]] = {}
         for crystal in crystals:
-            self.add(crystal)
+            self._given.setdefault(crystal.formula, []).append(crystal)
 
-    def add(self, crystal: Crystal) -> None:
-        self._given.setdefault(crystal.formula, []).append(crystal)
-
-    def like(self, crystal: Crystal) -> Crystal | None:
-        """The first that matches, in the order in which they were added."""
-        for given in self._given.pop(crystal.formula, ()):
-            cell = _primitive(given)
-            self._cells.setdefault((cell.formula, len(cell)), []).append(cell)
+    def like(self, crystal: Crystal, keep: bool = False) -> Crystal | None:
+        """The first that matches, in their order; keep: the crystal is one of them from now on, if none does."""
+        formula = crystal.formula
+        if formula not in self._given and formula not in self._cells:
+            if keep:
+                self._given[formula] = [crystal]
+            return None
+        cells = self._cells.setdefault(formula, [])
+        cells += map(_primitive, self._given.pop(formula, ()))
         cell = _primitive(crystal)
-        for other in self._cells.get((cell.formula, len(cell)), ()):
+        for other in cells:
             with suppress(CrystalError):
-                if same_structure(cell, other):
+                if len(other) == len(cell) and same_structure(cell, other):
                     return other
+        if keep:
+            cells.append(cell)
         return None
 
 
