@@ -41,7 +41,7 @@ from dist_train.densities import generated_densities
 from dist_train.errors import ConfigError, CrystalError, DataError, ModelError
 from dist_train.files import STAGE_NAME, sha256, staged, write_text
 from dist_train.generate import altered_latents, decode, encode, interpolate_latents, sample_latents
-from dist_train.generate_report import Output, write_generation_report
+from dist_train.generate_report import MAX_SHOWN, Output, write_generation_report
 from dist_train.generated import COLUMNS, RELAX_STEPS, Finish, Result, counts, finished, processes, result_of, write_files
 from dist_train.models.export import SUMS_NAME, read_bundle, read_properties, training_digests
 from dist_train.models.properties import PropertyHeads
@@ -253,10 +253,10 @@ def _write_page(
         Output(
             result.id,
             replace(result.decoded, crystal=result.crystal, reason=result.reason),
-            result.original and _as_decoded(result.original, codec.model.grid),
+            _as_decoded(result.original, codec.model.grid) if result.original and place < MAX_SHOWN else result.original,
             f"screened out: {result.reason}" if result.screen else "",
         )
-        for result in results
+        for place, result in enumerate(results)
     ]
     dense = [
         (result, item.latent_L)
