@@ -272,6 +272,14 @@ def test_training_without_shards(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_whose_bundle_would_replace_something_else_does_not_begin(of_shards: list[str], tmp_path: Path) -> None:
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "notes.txt").write_text("mine")
+    message = error_of(run("train", *sets(*of_shards, f"run_dir={tmp_path}")))
+    assert "holds 'notes.txt', which is of no bundle and would be lost" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
 def test_too_few_crystals_for_a_global_batch(of_shards: list[str], tmp_path: Path) -> None:
     message = error_of(run("train", *sets(*of_shards, f"run_dir={tmp_path}/run", "train.global_batch_size=16")))
     assert message == (

@@ -28,7 +28,7 @@ from dist_train.files import write_text
 from dist_train.generate import encode
 from dist_train.model_card import environment
 from dist_train.models.autoencoder import CrystalAutoencoder, Statistics, cell_numbers, check_grid
-from dist_train.models.export import start_from, write_bundle
+from dist_train.models.export import check_place, start_from, write_bundle
 from dist_train.models.flow import fit_flow
 from dist_train.models.reconstruct import Codec
 from dist_train.progress import Progress
@@ -140,6 +140,7 @@ def check_training(config: RunConfig, ranks: int) -> Index:
         )
     check_grid(config.grid)
     config.check_halvings()
+    check_place(config.run_dir / "bundle")
     if config.engine.name == "deepspeed":
         from dist_train.backends.deepspeed_engine import deepspeed_config
 
