@@ -9,10 +9,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from dist_train import __version__
 from dist_train.errors import DistTrainError
+
+if TYPE_CHECKING:
+    from dist_train.commands.record import Record
 
 _USERS_FAULTS = (
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR,
@@ -110,6 +113,14 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="bundle folder, or models:/NAME@ALIAS in an MLflow registry")
     parser.add_argument(
         "--tracking-uri", default=os.environ.get("MLFLOW_TRACKING_URI"), help="MLflow server of a models:/ name"
+    )
+
+
+def _record_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--record",
+        action="store_true",
+        help="also write figures, page and table to MLflow, below the run of a models:/ name",
     )
 
 
@@ -399,7 +410,18 @@ def _registry(options: argparse.Namespace) -> str:
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
     """What was parsed, by the fields of a verb's options."""
-    return {name: value for name, value in vars(options).items() if name != "run"}
+    return {name: value for name, value in vars(options).items() if name not in ("run", "record")}
+
+
+def _record(options: argparse.Namespace) -> Record | None:
+    """Where --record writes, if it was given; from then on the model is the version that its alias stands for now."""
+    if not options.record:
+        return None
+    from dist_train.commands.record import Record
+
+    record = Record(options.model, options.tracking_uri)
+    options.model = record.model
+    return record
 
 
 def _add_evaluate(verbs: Verbs) -> None:
@@ -410,6 +432,7 @@ def _add_evaluate(verbs: Verbs) -> None:
         "that the model was trained on.",
     )  # fmt: skip
     _model_options(parser)
+    _record_option(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--shards", help="folder of shards, or its fsspec URL")
     source.add_argument(
@@ -436,11 +459,15 @@ def _add_evaluate(verbs: Verbs) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> str:
-    from dist_train.commands.evaluate import EvaluateOptions, evaluate
+    from dist_train.commands.evaluate import FILES, EvaluateOptions, evaluate
     from dist_train.tables import metrics_table
 
-    asked = EvaluateOptions(**_given(options))
-    return f"{metrics_table(evaluate(asked))}\nwritten to {options.out}: metrics.json, report.html, crystals.csv, cifs/"
+    record = _record(options)
+    metrics = evaluate(EvaluateOptions(**_given(options)))
+    told = [metrics_table(metrics), f"written to {options.out}: {', '.join(FILES)}, cifs/"]
+    if record:
+        told.append(record.write(f"evaluate {metrics['data']['source']}", metrics, options.out, FILES))
+    return "\n".join(told)
 
 
 def _add_fit_properties(verbs: Verbs) -> None:
@@ -494,6 +521,7 @@ def _add_generate(verbs: Verbs) -> None:
         if action not in ("sample", "target"):
             verb.add_argument("inputs", nargs="+", metavar="IN", help="crystals: CIF files, folders, archives, Parquet")
         _model_options(verb)
+        _record_option(verb)
         verb.add_argument("--out", type=Path, required=True, help="output folder; generated crystals in it are replaced")
         _GENERATE.get(action, lambda verb: None)(verb)
         _finish_options(verb)
@@ -602,9 +630,14 @@ def _positive_float(text: str) -> float:
 
 
 def _generate(options: argparse.Namespace) -> str:
-    from dist_train.commands.generation import GenerateOptions, generate, summary
+    from dist_train.commands.generation import OUTPUTS, GenerateOptions, generate, summary
 
-    return summary(generate(GenerateOptions(**_given(options))))
+    record = _record(options)
+    generation = generate(GenerateOptions(**_given(options)))
+    told = [summary(generation)]
+    if record:
+        told.append(record.write(f"generate {generation.title}", generation.metrics, options.out, OUTPUTS))
+    return "\n".join(told)
 
 
 def _add_embed(verbs: Verbs) -> None:

@@ -122,28 +122,23 @@ def _stages(demo: Demo, config: RunConfig) -> None:
     evaluate = [*cli, "evaluate", "--model", "models:/crystal-autoencoder@champion", "--tracking-uri", demo.uri]
     demo.run(
         "a fresh process pulls the champion and reconstructs held-out perovskites, moved at random; samples, interpolates",
-        [*evaluate, "--shards", f"{out}/shards/perov_5", "--move", "1", "--out", f"{out}/results"],
+        [*evaluate, "--shards", f"{out}/shards/perov_5", "--move", "1", "--out", f"{out}/results", "--record"],
         f"{out}/results/report.html",
     )  # fmt: skip
     demo.run(
         "the same on held-out crystals of all families, of which it has seen perovskites only",
-        [*evaluate, "--shards", f"{out}/shards/families", "--out", f"{out}/results_families", "--steps", "0"],
+        [*evaluate, "--shards", f"{out}/shards/families", "--out", f"{out}/results_families", "--steps", "0", "--record"],
         f"{out}/results_families/report.html",
     )  # fmt: skip
 
 
 def _closing(demo: Demo, seconds: float) -> str:
-    from dist_train.backends.mlflow_tracker import log_figures
-
     metrics = json.loads((demo.out / "results" / "metrics.json").read_text())
     families = json.loads((demo.out / "results_families" / "metrics.json").read_text())
     stages = [{"stage": s.name, "seconds": round(s.seconds, 1), "peak_MiB": round(s.peak_MiB)} for s in demo.stages]
     document = {**metrics, "families": families, "seconds": round(seconds, 1), "stages": stages}
     write_text(demo.out / "metrics.json", json.dumps(document, indent=1) + "\n")
-    config = load_config(demo.out / "train" / "run.yaml")
-    figures = {f"test/{name}": float(value) for name, value in metrics.items() if isinstance(value, int | float)}
     report = demo.out / "results" / "report.html"
-    log_figures(config.tracking, (demo.out / "train" / "mlflow_run_id").read_text(), [report], figures)
     return (
         f"\n=== Perovskites (Perov-5) that the model was not trained on\n{metrics_table(metrics)}\n"
         f"  {metrics['samples_structurally_valid']} of {metrics['n_samples']} samples are structurally valid crystals, "

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_train.backends.mlflow_tracker import connect
+from dist_train.backends.mlflow_tracker import connect, log_child
 from dist_train.config import NO_PASSWORD, has_password
 from dist_train.errors import ConfigError, ModelError
 from dist_train.models.export import check_sums
@@ -113,6 +113,13 @@ class Registry:
         with _told(self.uri):
             self._client.set_registered_model_alias(self.name, alias, str(number))
 
+    def record(
+        self, version: Version, name: str, params: dict[str, str], figures: dict[str, float], files: Sequence[Path]
+    ) -> str:
+        """What was found of a version later, as a run below the one that made it; returns the new run's id."""
+        with _told(self.uri):
+            return log_child(self.uri, version.run_id, name, params, figures, files)
+
     def promote(self, version: Version, reason: str) -> Version | None:
         """Make a version the champion, and the one that was the previous; returns that, if there was one."""
         before = self.champion()
@@ -125,10 +132,17 @@ class Registry:
         return before
 
 
-def pinned(uri: str, model: str) -> str:
-    """'models:/NAME/VERSION' of what 'models:/NAME@ALIAS' is now. Raises ModelError as `pull` does."""
+def find(uri: str, model: str) -> tuple[Registry, Version]:
+    """What 'models:/NAME@ALIAS' or 'models:/NAME/VERSION' is now. Raises ModelError as `Registry.version` does."""
     name, _, which = model.removeprefix("models:/").replace("@", "/").partition("/")
-    return f"models:/{name}/{Registry(uri, name).version(which).number}"
+    registry = Registry(uri, name)
+    return registry, registry.version(which)
+
+
+def pinned(uri: str, model: str) -> str:
+    """'models:/NAME/VERSION' of it."""
+    registry, version = find(uri, model)
+    return f"models:/{registry.name}/{version.number}"
 
 
 def pull(uri: str, model: str, folder: Path) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 UPLOAD_SECONDS = 2.0
 RECORDS_PER_BATCH = 50
 SYSTEM_SECONDS = 5.0
+MAX_NAME, MAX_PARAM, MAX_OF_A_BATCH = 250, 500, 100
+"""Characters of a run's name and of a parameter, and parameters at a time, that every MLflow server takes."""
 
 log = logging.getLogger(__name__)
 
@@ -160,15 +163,32 @@ def _log_config(client: MlflowClient, run_id: str, config: RunConfig) -> None:
     # Where one launch of a run is to stop is no setting of the run.
     config = config.model_copy(update={"train": config.train.model_copy(update={"stop_after_step": None})})
     flat = dict(flattened(config.model_dump(mode="json")))
-    client.log_batch(run_id, params=[Param(key, str(value)[:500]) for key, value in flat.items()])
+    client.log_batch(run_id, params=[Param(key, str(value)[:MAX_PARAM]) for key, value in flat.items()])
     client.log_text(run_id, config.to_yaml(), "run.yaml")
 
 
-def log_figures(tracking: TrackingConfig, run_id: str, paths: Sequence[Path], figures: dict[str, float]) -> None:
-    """Add files, in the folder `evaluation`, and final figures to a run that has ended."""
-    assert tracking.uri is not None
-    client = connect(tracking.uri)
-    for path in paths:
-        client.log_artifact(run_id, str(path), "evaluation")
-    for name, value in figures.items():
-        client.log_metric(run_id, name, value)
+def log_child(
+    uri: str, parent_id: str, name: str, params: dict[str, str], figures: dict[str, float], files: Sequence[Path]
+) -> str:
+    """A finished run below another one, in its experiment, with parameters, figures and files; returns its id."""
+    from mlflow.entities import Metric, Param
+    from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+    client = connect(uri)
+    parent = client.get_run(parent_id)
+    tags = {MLFLOW_PARENT_RUN_ID: parent_id}
+    run_id = str(client.create_run(parent.info.experiment_id, run_name=name[:MAX_NAME], tags=tags).info.run_id)
+    status = "FAILED"
+    try:
+        now = int(time.time() * 1000)
+        kept_params = [Param(key, value[:MAX_PARAM]) for key, value in params.items()]
+        kept = [Metric(key, value, now, 0) for key, value in figures.items()]
+        for start in range(0, max(len(kept_params), len(kept)), MAX_OF_A_BATCH):
+            part = slice(start, start + MAX_OF_A_BATCH)
+            client.log_batch(run_id, metrics=kept[part], params=kept_params[part])
+        for path in files:
+            client.log_artifact(run_id, str(path))
+        status = "FINISHED"
+    finally:
+        client.set_terminated(run_id, status)
+    return run_id

@@ -46,6 +46,8 @@ from dist_train.shards.reader import ShardReader
 READ_ATOMS = 2000
 """Crystals with more are refused as they are read (or with more than the model's grid takes, if that is more)."""
 LISTED_REFUSALS = 1000
+FILES = ("metrics.json", "report.html", "crystals.csv")
+"""What an evaluation writes beside the folder cifs/."""
 PACKAGES = ("numpy", "torch", "scipy", "spglib", "pymatgen")
 
 Refused = list[tuple[str, str]]

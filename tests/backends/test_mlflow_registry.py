@@ -198,6 +198,46 @@ def test_a_version_holds_all_that_tells_where_it_comes_from(place: Place, tmp_pa
     assert [param.name for param in info.signature.params] == [*Params.model_fields]
 
 
+def test_what_is_found_of_a_version_is_recorded_below_its_run(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    run = place.run("a", {"val/loss": 1.0})
+    register(run)
+    model = ["--model", f"models:/{NAME}@candidate", "--tracking-uri", place.uri, "--workers", "1", "--record"]
+    client, out = connect(place.uri), place.folder / "out"
+    shards = ["--shards", str(place.folder / "shards"), "--split", "val", "--samples", "2", "--steps", "0"]
+    for verb, files in (
+        (["evaluate", *shards], {"metrics.json", "report.html", "crystals.csv"}),
+        (
+            ["generate", "sample", "-n", "3"],
+            {"metrics.json", "report.html", "crystals.csv", "crystals.zip", "crystals.extxyz"},
+        ),
+    ):
+        assert main([*verb, *model, "--out", str(out / verb[0])]) == 0
+        told = capsys.readouterr().out
+        found = re.search(rf"recorded in MLflow as run (\w+), below the run of models:/{NAME}/1$", told, re.M)
+        assert found, told
+        child = client.get_run(found[1])
+        assert child.info.status == "FINISHED"
+        assert child.data.tags["mlflow.parentRunId"] == (run / "mlflow_run_id").read_text()
+        assert {file.path for file in client.list_artifacts(found[1])} == files
+        metrics = json.loads((out / verb[0] / "metrics.json").read_text())
+        assert child.data.params["model.name"] == f"models:/{NAME}/1"
+        assert child.data.params["model.bundle_sha256"] == metrics["model"]["bundle_sha256"]
+        wanted = {name: value for name, value in metrics.items() if isinstance(value, int | float) and name != "seed"}
+        assert child.data.metrics.items() >= wanted.items()
+        assert wanted
+
+
+def test_a_record_has_its_place_before_the_work(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = str(place.run("a", {"val/loss": 1.0}) / "bundle")
+    sample = ["generate", "sample", "--out", str(place.folder / "out"), "--record", "--model"]
+    assert main([*sample, bundle]) == 2
+    assert f"{bundle} isn't" in error_of(capsys)
+    register(place.folder / "a")
+    assert main([*sample, f"models:/{NAME}@nobody", "--tracking-uri", place.uri]) == 2
+    assert "no version or alias 'nobody'" in error_of(capsys)
+    assert not (place.folder / "out").exists()
+
+
 def error_of(capsys: pytest.CaptureFixture[str]) -> str:
     told = capsys.readouterr().err
     lines = [line for line in told.splitlines() if line.startswith("dist-train: error: ")]
