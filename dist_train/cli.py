@@ -729,7 +729,7 @@ def _score(options: argparse.Namespace) -> str:
 def _add_bench(verbs: Verbs) -> None:
     parser = _verb(verbs, "bench", "measure the speed of the project's core on this machine, beside the targets")
     parser.add_argument(
-        "names", nargs="+", choices=("voxelize", "decode", "shard", "loader", "step", "kills", "generate"),
+        "names", nargs="+", choices=("voxelize", "decode", "frames", "shard", "loader", "step", "kills", "generate"),
         help="what to measure",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object with `rows` instead of a table")
@@ -745,13 +745,14 @@ def _bench(options: argparse.Namespace) -> str:
     from dataclasses import asdict
 
     from dist_train.bench import Row, core_rows
+    from dist_train.bench_frames import frame_rows
     from dist_train.bench_generate import generate_rows
     from dist_train.bench_shard import shard_rows
     from dist_train.bench_train import kill_rows, loader_rows, step_rows
     from dist_train.tables import bench_line
 
     others: dict[str, Callable[[Path], Iterator[Row]]] = {
-        "shard": shard_rows, "loader": loader_rows, "step": step_rows, "kills": kill_rows,
+        "frames": frame_rows, "shard": shard_rows, "loader": loader_rows, "step": step_rows, "kills": kill_rows,
         "generate": lambda sample: generate_rows(sample, options.model, options.n, options.workers),
     }  # fmt: skip
     rows = []

@@ -45,7 +45,7 @@ LAYERS = (
         "forecast",
     ),
     ("backends",),
-    ("commands", "bench_generate", "bench_shard", "bench_train"),
+    ("commands", "bench_frames", "bench_generate", "bench_shard", "bench_train"),
     ("demo",),
     ("cli",),
     ("__main__",),

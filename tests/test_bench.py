@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_train import bench, bench_generate
+from dist_train import bench, bench_frames, bench_generate
 from dist_train.bench import naive_grid, random_crystal
+from dist_train.bench_frames import _n_regions
 from dist_train.cli import main
 from dist_train.config import GridSpec
 from dist_train.crystal.structure import Crystal
@@ -71,3 +72,38 @@ def test_bench_generate_tells_the_time_of_each_stage(
 def test_bench_generate_without_a_model_says_what_to_give(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "generate", "--model", str(tmp_path / "none")]) == 2
     assert f"{tmp_path / 'none'} is no model bundle: give --model" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(120)
+def test_bench_frames_tells_what_the_papers_grids_hide(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_frames, "CRYSTALS", 8)
+    monkeypatch.setattr(bench_frames, "FEW", 2)
+    assert main(["bench", "frames", "--json", "--sample", str(DATA / "sample")]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert all(row.keys() == KEYS for row in rows)
+    found = {row["case"].split(" (")[0]: row["value"] for row in rows}
+    for name in ("Perov-5", "Materials Project"):
+        peaks = f"{name}, atoms are the density's peaks"
+        assert (
+            found[f"{peaks}: Z-weighted, sigma 1 A, as the paper's"]
+            < found[f"{peaks}: all atoms alike, sigma 0.5 A, as in cell"]
+        )
+        lost = f"{name}, error of losing all atoms of the lightest element"
+        assert 0 < found[f"{lost}: Z-weighted, as the paper's"] < found[f"{lost}: as in cell"] < 100
+        same = f"{name}, the same grid for the same crystal written otherwise"
+        assert found[f"{same}: paper's window"] == 0
+        assert found[f"{same}: cell, canonical"] == 100
+        back = f"{name}, crystals back from their true grid"
+        assert found[f"{back}: paper's unit"] == 0
+        assert found[f"{back}: cell, canonical, adaptive"] == 100
+        assert 1 < found[f"{name}, largest error of the nearest images alone, as the paper's"] < 100
+
+
+def test_regions_are_connected_across_the_faces_of_a_cell() -> None:
+    marked = np.zeros((6, 6, 6), bool)
+    marked[0, 2, 2] = marked[-1, 2, 2] = marked[3, 0, 3] = marked[3, -1, 3] = True
+    assert _n_regions(marked) == 2
+    marked[2, 4, 4] = marked[3, 5, 5] = True  # a common edge alone joins nothing
+    assert _n_regions(marked) == 4
