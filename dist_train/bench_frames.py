@@ -127,7 +127,6 @@ def _spheres(crystals: Sequence[Crystal], name: str) -> Iterator[Row]:
     paper: dict[str, object] = {"max_spacing_A": PAPER_SPACING_A, "radius_A": PAPER_RADIUS_A, "min_like_distance_A": 1.0}
     ways: tuple[tuple[str, dict[str, object], Callable[[Crystal, GridSpec], bool]], ...] = (
         ("connected spheres of 0.65 A at 0.345 A, as the paper's", paper, _spheres_are_atoms),
-        ("connected spheres of 0.5 A at 0.3 A", {}, _spheres_are_atoms),
         ("decoded, 0.5 A at 0.3 A, as in cell", {}, _decoded_right),
     )
     for label, settings, right in ways:

@@ -62,6 +62,16 @@ def staged(folder: Path, names: Iterable[str]) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
+def check_writable(folder: Path) -> None:
+    """Raise before the work what writing to a folder, which may not be there yet, would raise after it."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(there)) from None
+
+
 def fsync(path: Path) -> None:
     """Flush a file or folder to the disk."""
     handle = os.open(path, os.O_RDONLY)

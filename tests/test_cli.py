@@ -180,6 +180,22 @@ def test_output_folder_that_holds_other_things(tmp_path: Path) -> None:
     assert contents(tmp_path).keys() == {"letter.txt"}
 
 
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ("evaluate", "--data", "data/sample/perov_5.parquet", "--model"),
+        ("generate", "sample", "-n", "100000", "--model"),
+        ("score", "data/sample/perov_5.parquet", "--reference"),
+        ("fit-properties", "--data", "data/sample/perov_5.parquet", "--property", "volume_per_atom", "--model"),
+    ],
+)
+def test_output_that_cant_be_written_is_told_before_the_work(verb: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "letter").write_text("dear")
+    message = error_of(run(*verb, "data/models/perov_5", "--out", str(tmp_path / "letter" / "out")))
+    assert message == f"{tmp_path / 'letter'}: Not a directory; mend that or choose another folder"
+    assert contents(tmp_path).keys() == {"letter"}
+
+
 # Shards
 
 

@@ -32,7 +32,7 @@ from dist_train.errors import ConfigError, DataError, kind_of
 from dist_train.evaluate import Evaluation
 from dist_train.evaluate import evaluate as evaluate_model
 from dist_train.evaluate_report import rows, write_evaluation_report
-from dist_train.files import atomic_path, sha256, write_text
+from dist_train.files import atomic_path, check_writable, sha256, write_text
 from dist_train.generate import decode, encode, interpolate_latents, sample_latents
 from dist_train.generated import processes
 from dist_train.latent_quality import latent_quality
@@ -83,6 +83,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     Raises the error of the first fault found; crystals that can't be read or held are counted, never fatal.
     """
     out, stages = options.out, Stages()
+    check_writable(out)
     if out.exists() and not (out / "metrics.json").exists() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty and holds no evaluation; set --out to another folder")
     if options.data and options.split:

@@ -39,7 +39,7 @@ from dist_train.crystal.relax import make_calculator
 from dist_train.crystal.structure import Crystal
 from dist_train.densities import generated_densities
 from dist_train.errors import ConfigError, CrystalError, DataError, ModelError
-from dist_train.files import STAGE_NAME, sha256, staged, write_text
+from dist_train.files import STAGE_NAME, check_writable, sha256, staged, write_text
 from dist_train.generate import altered_latents, decode, encode, interpolate_latents, sample_latents
 from dist_train.generate_report import MAX_SHOWN, Output, write_generation_report
 from dist_train.generated import COLUMNS, RELAX_STEPS, Finish, Result, counts, finished, processes, result_of, write_files
@@ -327,6 +327,7 @@ def _check(options: GenerateOptions) -> None:
             raise ConfigError(f"-n {options.n} crystals would be one and the same: give --perturb, too, or leave -n out")
     if options.relax is None and options.relax_steps != RELAX_STEPS:
         raise ConfigError(f"--relax-steps {options.relax_steps} is of --relax, which isn't given: add it or leave both out")
+    check_writable(options.out)
     if options.out.is_dir() and {path.name for path in options.out.iterdir()} - {STAGE_NAME}:
         try:
             ours = "n_screened_out" in json.loads((options.out / "metrics.json").read_text())

@@ -12,7 +12,7 @@ import numpy as np
 from dist_train.config import GridSpec
 from dist_train.crystal.structure import Crystal
 from dist_train.errors import ConfigError, CrystalError, DataError
-from dist_train.files import write_text
+from dist_train.files import check_writable, write_text
 from dist_train.generation_metrics import BENCHMARKS, PUBLISHED_KEYS, generation_metrics, total_steps
 from dist_train.progress import Progress
 from dist_train.shards.discover import read_inputs
@@ -118,7 +118,8 @@ def _notes(metrics: dict[str, Any], published: bool) -> Iterator[str]:
 
 
 def _check_out(out: Path) -> None:
-    """Raise ConfigError where metrics.json of something else would be lost."""
+    """Raise ConfigError where metrics.json of something else would be lost, OSError where none can be written."""
+    check_writable(out)
     path = out / "metrics.json"
     if path.exists() and '"n_property_samples"' not in path.read_text(encoding="utf-8", errors="replace"):
         raise ConfigError(f"{path} is of another verb; set --out to another folder")

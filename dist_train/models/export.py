@@ -24,7 +24,7 @@ from torch import Tensor
 from dist_train import __version__
 from dist_train.config import GridSpec, ModelConfig
 from dist_train.errors import ConfigError, ModelError
-from dist_train.files import fsync, sha256
+from dist_train.files import check_writable, fsync, sha256
 from dist_train.models.autoencoder import CrystalAutoencoder
 from dist_train.models.properties import PropertyHeads
 
@@ -103,7 +103,8 @@ def _put(temporary: Path, folder: Path) -> Path:
 
 
 def check_place(folder: Path) -> None:
-    """Raise ConfigError for a folder that a bundle would replace although it holds something else."""
+    """Raise ConfigError for a folder that a bundle would replace although it holds something else; OSError for no folder."""
+    check_writable(folder)
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     sums = folder / SUMS_NAME
     listed = {line.partition("  ")[2] for line in sums.read_text(errors="replace").splitlines()} if sums.is_file() else set()
