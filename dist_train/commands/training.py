@@ -30,7 +30,7 @@ from dist_train.model_card import environment
 from dist_train.models.autoencoder import CrystalAutoencoder, Statistics, cell_numbers, check_grid
 from dist_train.models.export import check_place, start_from, write_bundle
 from dist_train.models.flow import fit_flow
-from dist_train.models.reconstruct import Codec
+from dist_train.models.reconstruct import Codec, calibrate
 from dist_train.progress import Progress
 from dist_train.ranks import place
 from dist_train.shards.index import Index
@@ -38,7 +38,7 @@ from dist_train.shards.prefetch import check_room, fetched
 from dist_train.shards.reader import Record, ShardReader, check_shards, whole
 from dist_train.training.checkpoint import Checkpoints, load, read_state
 from dist_train.training.engine import Engine, TorchEngine, check_batch
-from dist_train.training.loop import batch_plan, fit
+from dist_train.training.loop import batch_plan, fit, for_calibration
 from dist_train.training.state import TrainState
 from dist_train.training.tracker import NoTracker, Spool, read_spool
 from dist_train.training_report import REPORT, SHOWN, write_training_report
@@ -344,6 +344,7 @@ def _finish(
     """Rank 0, after the last step: the bundle with its prior, and the pictures."""
     model = engine.averaged()
     codec = Codec(model)
+    calibrate(codec, for_calibration(val))
     _fit_prior(codec, reader, config)
     digests = whole(lambda place: digest(reader.crystal(place)), fetched(reader, min(len(reader), MAX_DIGESTS)))
     about = {

@@ -32,11 +32,13 @@ Channel = Literal["occupancy", "z_density"]
 class Estimate(NamedTuple):
     """Of the atoms in a cell, as a network makes it; no whole numbers.
 
-    atoms: all; composition_Z: of each atomic number, -inf of elements that it doesn't know.
+    atoms: all; composition_Z: of each atomic number, -inf of elements that it doesn't know; standard deviations of these.
     """
 
     atoms: float
     composition_Z: NDArray[np.floating]
+    atoms_error: float = 0.15
+    composition_error: float = 0.3
 
 
 Fields = tuple[str, NDArray[np.float32], NDArray[np.integer], NDArray[np.float32], FloatArray, Estimate | None]
@@ -44,10 +46,10 @@ Fields = tuple[str, NDArray[np.float32], NDArray[np.integer], NDArray[np.float32
 
 MIN_SCORE, LEAST_SCORE = 0.35, 0.1
 """Share of the ball's votes below which a voxel is no atom, and below which not even a count of atoms makes it one."""
-SCORE_ERROR, COUNT_ERROR = 0.05, 0.15
-"""How sharply that limit divides, and the standard deviation of an estimated count: one is weighed against the other."""
-LEAST_SHARE, COMPOSITION_ERROR = 0.02, 0.3
-"""Share of the votes that an element has that nobody voted for; standard deviation of an estimated composition."""
+SCORE_ERROR = 0.2
+"""How sharply that limit divides, where it is weighed against an estimated count."""
+LEAST_SHARE = 0.02
+"""Share of the votes that an element has that nobody voted for, where they are weighed against an estimated composition."""
 MIN_DENSITY, CLEAR_SCORE = 0.2, 0.6
 """Density, in heights of an atom, below which a voxel is no atom, unless its score is clear."""
 LIKE_RADII, UNLIKE_RADII = 1.6, 1.2
@@ -118,7 +120,7 @@ def decode(
     cart, numbers, scores = grid.fit(voxels, scores, density, heights, likely)
     frac = wrap(cart @ np.linalg.inv(lattice_A))
     if estimate is not None:
-        numbers = _likeliest_elements(numbers, grid.shares(frac), estimate.composition_Z)
+        numbers = _likeliest_elements(numbers, grid.shares(frac), estimate)
     apart = grid.apart(frac, scores)
     return Decoded(Crystal(id, lattice_A, frac[apart], numbers[apart]), scores[apart])
 
@@ -146,15 +148,13 @@ def _lattice_fault(lattice_A: FloatArray) -> str:
     return ""
 
 
-def _likeliest_count(scores: FloatArray, count: float) -> int:
+def _likeliest_count(scores: FloatArray, estimate: Estimate) -> int:
     """How many of the highest scores, which fall, are atoms: log-odds of each, and of their number by an estimate of it."""
     odds = np.concatenate([[0.0], np.cumsum((scores - MIN_SCORE) / SCORE_ERROR)])
-    return int(np.argmax(odds - 0.5 * ((np.arange(len(odds)) - count) / COUNT_ERROR) ** 2))
+    return int(np.argmax(odds - 0.5 * ((np.arange(len(odds)) - estimate.atoms) / estimate.atoms_error) ** 2))
 
 
-def _likeliest_elements(
-    numbers_N: NDArray[np.int64], shares_NZ: FloatArray, composition_Z: NDArray[np.floating]
-) -> NDArray[np.int64]:
+def _likeliest_elements(numbers_N: NDArray[np.int64], shares_NZ: FloatArray, estimate: Estimate) -> NDArray[np.int64]:
     """Atomic numbers by the votes around each atom and an estimate of the composition, from those of the votes alone.
 
     One atom after another becomes another element, whichever change is best, while that makes all of it likelier.
@@ -164,8 +164,8 @@ def _likeliest_elements(
     numbers, atoms = numbers_N.copy(), np.arange(len(numbers_N))
     while True:
         # An atom more of an element, or less, changes its squared error by 1 +- 2 (found - estimated).
-        over_Z = np.bincount(numbers, minlength=MAX_Z + 1) - composition_Z
-        more_Z, less_Z = ((1.0 + sign * 2.0 * over_Z) / (2.0 * COMPOSITION_ERROR**2) for sign in (1.0, -1.0))
+        over_Z = np.bincount(numbers, minlength=MAX_Z + 1) - estimate.composition_Z
+        more_Z, less_Z = ((1.0 + sign * 2.0 * over_Z) / (2.0 * estimate.composition_error**2) for sign in (1.0, -1.0))
         gain_NZ = votes_NZ - votes_NZ[atoms, numbers][:, None] - more_Z - less_Z[numbers][:, None]
         gain_NZ[atoms, numbers] = 0.0
         atom, number = np.unravel_index(gain_NZ.argmax(), gain_NZ.shape)
@@ -205,7 +205,7 @@ class _Grid:
         voxels, scores, numbers = voxels[order], scores[order], numbers[order]
         kept = labels.suppress(voxels / self.shape, numbers, self.lattice, self.images, self.like, self.unlike, most)
         voxels, scores = voxels[kept], scores[kept]
-        atoms = len(scores) if estimate is None else _likeliest_count(scores, estimate.atoms)
+        atoms = len(scores) if estimate is None else _likeliest_count(scores, estimate)
         return voxels[:atoms], scores[:atoms]
 
     def fit(

@@ -37,6 +37,19 @@ class Statistics:
     count_std: float
 
 
+@dataclass(frozen=True)
+class EstimateErrors:
+    """Root mean square errors of what a model says of a crystal's atoms, on crystals held out (see `reconstruct.calibrate`).
+
+    atoms: of their number; integral: of the number by the integral of the decoded density, None where nobody measured it and
+    it counts for nothing; composition: of the number of each element that is there.
+    """
+
+    atoms: float = 0.15
+    integral: float | None = None
+    composition: float = 0.3
+
+
 class CrystalBatch(NamedTuple):
     """Crystals on grids of one shape, in physical units.
 
@@ -101,6 +114,7 @@ class CrystalAutoencoder(nn.Module):
         # The Gaussian of the training crystals' latents, fitted after training: N(0, I) is a poor prior (see generate).
         self.register_buffer("prior_mean", torch.zeros(model.latent_size))
         self.register_buffer("prior_cholesky", torch.eye(model.latent_size))
+        self.estimate_errors = EstimateErrors()
         self.flow: LatentFlow | None = None
         """From noise to latents over `latent_scale`, the Gaussian's mean taken away; fitted after training, too."""
 
@@ -137,6 +151,7 @@ class CrystalAutoencoder(nn.Module):
             "model": self.model.model_dump(mode="json"),
             "elements": list(self.elements),
             "statistics": asdict(self.statistics),
+            "estimate_errors": asdict(self.estimate_errors),
             "flow": self.flow and {"width": self.flow.width, "depth": self.flow.depth},
         }
 
@@ -152,6 +167,7 @@ class CrystalAutoencoder(nn.Module):
             tuple(config["elements"]),
             Statistics(**statistics),
         )
+        model.estimate_errors = EstimateErrors(**config.get("estimate_errors", {}))
         if flow := config.get("flow"):
             model.flow = LatentFlow(model.model.latent_size, flow["width"], flow["depth"])
         return model

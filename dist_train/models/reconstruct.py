@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from math import prod
+from math import pi, prod
 
 import numpy as np
 import torch
@@ -16,11 +16,19 @@ from dist_train.crystal import decode as decoding
 from dist_train.crystal.decode import Decoded, Estimate
 from dist_train.crystal.decode_box import decode_frame
 from dist_train.crystal.elements import MAX_Z
+from dist_train.crystal.frames import grid_shape
 from dist_train.crystal.lattice import from_lengths_angles
 from dist_train.crystal.structure import Crystal
 from dist_train.crystal.voxelize import Shape, voxelize
 from dist_train.errors import CrystalError
-from dist_train.models.autoencoder import CrystalAutoencoder, Standardiser, cell_numbers, cell_parameters, check_grid
+from dist_train.models.autoencoder import (
+    CrystalAutoencoder,
+    EstimateErrors,
+    Standardiser,
+    cell_numbers,
+    cell_parameters,
+    check_grid,
+)
 from dist_train.models.vae import Decoding, Latent, shape_of
 
 
@@ -116,20 +124,37 @@ class Codec:
         logits = self.model.segment(decoding).float().movedim(1, -1)  # as they lie in memory
         species = self._atomic_number[logits[..., 1:].argmax(-1) + 1]
         probability = 1.0 - torch.softmax(logits, -1)[..., 0]
+        density_BCDHW = self.scale.physical_density(decoding.density_BCDHW).cpu().numpy()
+        parameters_B6 = cell_parameters(self.scale.physical_cell(decoding.cell_B6).cpu().numpy())
         return map(
             Fields,
-            self.scale.physical_density(decoding.density_BCDHW).cpu().numpy(),
+            density_BCDHW,
             species.cpu().numpy(),
             probability.cpu().numpy(),
-            cell_parameters(self.scale.physical_cell(decoding.cell_B6).cpu().numpy()),
-            self._estimates(decoding),
+            parameters_B6,
+            self._estimates(decoding, density_BCDHW, parameters_B6),
         )
 
-    def _estimates(self, decoding: Decoding) -> Iterator[Estimate]:
+    def _estimates(
+        self, decoding: Decoding, density_BCDHW: NDArray[np.float32], parameters_B6: NDArray[np.float64]
+    ) -> Iterator[Estimate]:
         counts = (decoding.log_count_B.float() * self.scale.count_std + self.scale.count_mean).exp().tolist()
         compositions = torch.full((len(counts), MAX_Z + 1), -torch.inf)  # of what the model doesn't know, nothing ever
         compositions[:, list(self.model.elements)] = decoding.composition_BE.float().cpu()
-        return map(Estimate, counts, compositions.numpy())
+        errors = self.model.estimate_errors
+        for count, composition_Z, *density in zip(counts, compositions.numpy(), density_BCDHW, parameters_B6, strict=True):
+            error = errors.atoms
+            if errors.integral is not None:  # the mean of the two, each weighed by its error
+                weights = np.array([errors.atoms, errors.integral]) ** -2.0
+                count = float(np.average([count, self.atoms_of(*density)], weights=weights))
+                error = float(weights.sum() ** -0.5)
+            yield Estimate(count, composition_Z, error, errors.composition)
+
+    def atoms_of(self, density_CDHW: NDArray[np.float32], parameters_6: NDArray[np.float64]) -> float:
+        """The number of atoms that a density of `cell` integrates to: every one adds a Gaussian of height 1."""
+        gaussian = (2.0 * pi) ** 1.5 * self.model.grid.sigma_A**3
+        volume = abs(float(np.linalg.det(from_lengths_angles(parameters_6))))
+        return float(density_CDHW[self.channel_place].mean() * volume / gaussian)
 
     def crystals(self, latent_BL: Tensor, ids: Sequence[str]) -> list[Decoded]:
         """A decoded crystal, or the reason that there is none, for each latent."""
@@ -167,6 +192,32 @@ class Codec:
         if prod(shape) > spec.max_voxels:
             return f"{' x '.join(map(str, shape))} voxels are decoded, at most {spec.max_voxels} are allowed"
         return shape
+
+
+def calibrate(codec: Codec, crystals: Sequence[Crystal]) -> None:
+    """Measure how far off the model's estimates are, on crystals that it wasn't trained on, and set its `estimate_errors`.
+
+    So that a decoder asks for as many atoms, and of such elements, as strictly as the model knows them: one that is sure of
+    a poor estimate takes right atoms away, one that doubts a good estimate leaves wrong ones.
+    """
+    model, least = codec.model, EstimateErrors()
+    if model.grid.frame != "cell":  # no other is decoded by estimates
+        return
+    model.estimate_errors = least
+    errors: dict[str, list[float]] = {"atoms": [], "integral": [], "composition": []}
+    for start in range(0, len(crystals), BATCH):
+        part = crystals[start : start + BATCH]
+        shapes = [grid_shape(crystal.lattice_A, model.grid) for crystal in part]
+        for crystal, fields in zip(part, codec.fields(codec.encode(part), shapes), strict=True):
+            errors["atoms"].append(fields.estimate.atoms - len(crystal))
+            if codec.channel == "occupancy":
+                errors["integral"].append(codec.atoms_of(fields.density_CDHW, fields.parameters_6) - len(crystal))
+            known = [(z, count) for z, count in crystal.composition.items() if z in model.elements]
+            errors["composition"] += [fields.estimate.composition_Z[z] - count for z, count in known]
+    found = {name: float(np.sqrt(np.mean(np.square(values)))) for name, values in errors.items() if values}
+    # None is taken for smaller than the defaults: few crystals are looked at, and others lie farther off.
+    found = {name: max(error, getattr(least, name) or least.atoms) for name, error in found.items()}
+    model.estimate_errors = EstimateErrors(**found)
 
 
 def filled(rows: Tensor) -> Tensor:

@@ -12,16 +12,17 @@ from itertools import groupby
 import torch
 
 from dist_train.config import RunConfig
+from dist_train.crystal.structure import Crystal
 from dist_train.errors import DistTrainError, Interrupted
 from dist_train.models.autoencoder import CrystalBatch
 from dist_train.models.cost import mean_flops
 from dist_train.models.objectives import PARTS, Objective, step_noise
-from dist_train.models.reconstruct import Codec
+from dist_train.models.reconstruct import Codec, calibrate
 from dist_train.models.structure_batch import StructureBatch
 from dist_train.progress import Progress
 from dist_train.shards.batches import collate, train_batches
 from dist_train.shards.order import BatchPlan
-from dist_train.shards.reader import DamagedSample, Record, ShardReader
+from dist_train.shards.reader import DamagedSample, Record, ShardReader, whole
 from dist_train.training.checkpoint import Checkpoints
 from dist_train.training.engine import Engine, Part, check_batch
 from dist_train.training.guard import StopRequest, Watchdog
@@ -31,6 +32,8 @@ from dist_train.training.tracker import Tracker
 
 log = logging.getLogger(__name__)
 VALIDATION_BATCH = 32
+CALIBRATED = 256
+"""Validation crystals that tell how far off a model's estimates are."""
 DECODED = ("count_exact", "composition_exact")
 
 
@@ -150,6 +153,8 @@ def validate(config: RunConfig, engine: Engine, val: ShardReader) -> dict[str, f
     places = list(range(engine.rank, len(val), engine.ranks))
     codec = Codec(engine.averaged())
     objective = Objective(codec.model, config.train, engine.device, torch.float32).eval()
+    if objective.share:
+        calibrate(codec, for_calibration(val))
     # All of them also on a rank that has no crystal: ranks add up in this order.
     names = ("loss", *PARTS, *(DECODED if objective.share else ()), "crystals")
     sums = dict.fromkeys(names, 0.0)
@@ -175,6 +180,11 @@ def validate(config: RunConfig, engine: Engine, val: ShardReader) -> dict[str, f
     *totals, crystals = engine.total(torch.tensor(list(sums.values()), dtype=torch.float64, device=engine.device))
     means = {f"val/{name}": total / max(crystals, 1.0) for name, total in zip(names[:-1], totals, strict=True)}
     return means | {"val/crystals": crystals}
+
+
+def for_calibration(val: ShardReader) -> list[Crystal]:
+    """Some validation crystals, spread over all of them, the same on all ranks."""
+    return whole(val.crystal, range(0, len(val), -(-len(val) // CALIBRATED) or 1))
 
 
 def _of_one_shape(places: list[int], val: ShardReader) -> Iterator[list[int]]:
