@@ -114,7 +114,8 @@ class CrystalAutoencoder(nn.Module):
         # The Gaussian of the training crystals' latents, fitted after training: N(0, I) is a poor prior (see generate).
         self.register_buffer("prior_mean", torch.zeros(model.latent_size))
         self.register_buffer("prior_cholesky", torch.eye(model.latent_size))
-        self.estimate_errors = EstimateErrors()
+        self.estimate_errors: EstimateErrors | None = None
+        """Measured after training."""
         self.flow: LatentFlow | None = None
         """From noise to latents over `latent_scale`, the Gaussian's mean taken away; fitted after training, too."""
 
@@ -146,12 +147,12 @@ class CrystalAutoencoder(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """Everything but the weights, ready for JSON; `from_config` rebuilds the module from it."""
-        return {
+        measured = {"estimate_errors": asdict(self.estimate_errors)} if self.estimate_errors else {}
+        return measured | {
             "grid": self.grid.model_dump(mode="json"),
             "model": self.model.model_dump(mode="json"),
             "elements": list(self.elements),
             "statistics": asdict(self.statistics),
-            "estimate_errors": asdict(self.estimate_errors),
             "flow": self.flow and {"width": self.flow.width, "depth": self.flow.depth},
         }
 
@@ -167,7 +168,8 @@ class CrystalAutoencoder(nn.Module):
             tuple(config["elements"]),
             Statistics(**statistics),
         )
-        model.estimate_errors = EstimateErrors(**config.get("estimate_errors", {}))
+        if errors := config.get("estimate_errors"):
+            model.estimate_errors = EstimateErrors(**errors)
         if flow := config.get("flow"):
             model.flow = LatentFlow(model.model.latent_size, flow["width"], flow["depth"])
         return model

@@ -141,7 +141,7 @@ class Codec:
         counts = (decoding.log_count_B.float() * self.scale.count_std + self.scale.count_mean).exp().tolist()
         compositions = torch.full((len(counts), MAX_Z + 1), -torch.inf)  # of what the model doesn't know, nothing ever
         compositions[:, list(self.model.elements)] = decoding.composition_BE.float().cpu()
-        errors = self.model.estimate_errors
+        errors = self.model.estimate_errors or EstimateErrors()
         for count, composition_Z, *density in zip(counts, compositions.numpy(), density_BCDHW, parameters_B6, strict=True):
             error = errors.atoms
             if errors.integral is not None:  # the mean of the two, each weighed by its error
@@ -203,7 +203,7 @@ def calibrate(codec: Codec, crystals: Sequence[Crystal]) -> None:
     model, least = codec.model, EstimateErrors()
     if model.grid.frame != "cell":  # no other is decoded by estimates
         return
-    model.estimate_errors = least
+    model.estimate_errors = None
     errors: dict[str, list[float]] = {"atoms": [], "integral": [], "composition": []}
     for start in range(0, len(crystals), BATCH):
         part = crystals[start : start + BATCH]
