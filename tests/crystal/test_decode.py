@@ -420,6 +420,15 @@ def test_an_element_is_weighed_against_the_composition(share: float, told: dict[
     assert sorted(found.numbers_N) == sorted([14, element])
 
 
+def test_a_poor_estimate_counts_for_little() -> None:
+    fields = "c", *fields_of(PAIR, COARSE), PAIR.lattice_A, COARSE, "occupancy"
+    told = estimate(Si=3.0, O=0.0)
+    for atoms_error, composition_error, composition in ((0.15, 0.3, {14: 2}), (2.0, 3.0, PAIR.composition)):
+        found = decode(*fields, told._replace(atoms_error=atoms_error, composition_error=composition_error)).crystal
+        assert found is not None
+        assert found.composition == composition
+
+
 def test_what_the_network_does_not_know_is_never_decoded() -> None:
     """Two atoms of silicon where 0.3 are told: another element would be likelier by the count, but there is none."""
     pair = replace(PAIR, numbers_N=[14, 14])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,8 +18,8 @@ from dist_train.crystal.metrics import compare
 from dist_train.crystal.structure import Crystal
 from dist_train.crystal.voxelize import Shape, voxelize
 from dist_train.generate import reconstruct
-from dist_train.models.autoencoder import cell_numbers, composition_vector
-from dist_train.models.reconstruct import Codec
+from dist_train.models.autoencoder import CrystalAutoencoder, EstimateErrors, cell_numbers, composition_vector
+from dist_train.models.reconstruct import Codec, calibrate
 from dist_train.models.vae import Decoding, Numbers, shape_numbers
 
 UNIT = GridSpec.model_validate({"preset": "paper-unit", "random_rotation": False})
@@ -87,6 +88,36 @@ def test_cells_of_mixed_shapes_come_back_in_order(monkeypatch: pytest.MonkeyPatc
         assert metrics.species_correct == 5
         assert metrics.position_error_A < 0.01
         assert metrics.length_error_A < 0.001
+
+
+def test_an_estimate_counts_as_much_as_it_is_worth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks that know all but the number of atoms, of which they say half as many again."""
+    codec, usual, names = oracle(monkeypatch, ADAPTIVE, CRYSTALS), EstimateErrors(), [crystal.id for crystal in CRYSTALS]
+    monkeypatch.setattr(codec, "encode", lambda crystals: latents(4)[[CRYSTALS.index(crystal) for crystal in crystals]])
+    calibrate(codec, CRYSTALS)
+    assert codec.model.estimate_errors == EstimateErrors(usual.atoms, usual.atoms, usual.composition)
+
+    codec.scale.count_mean += np.log(1.5)
+    shape = grid_shape(CRYSTALS[0].lattice_A, ADAPTIVE)
+    assert codec.fields(latents(1), [shape])[0].estimate.atoms == pytest.approx(6.25, abs=0.05)  # as good as the integral
+    calibrate(codec, CRYSTALS)
+    errors = codec.model.estimate_errors
+    assert errors is not None
+    assert errors.atoms == pytest.approx(2.5, rel=1e-3)
+    assert errors.integral == usual.atoms
+    estimate = codec.fields(latents(1), [shape])[0].estimate
+    assert estimate.atoms == pytest.approx(5.0, abs=0.05)
+    assert estimate.atoms_error == pytest.approx(usual.atoms, rel=0.01)
+    for crystal, decoded in zip(CRYSTALS, codec.crystals(latents(4), names), strict=True):
+        assert compare(crystal, decoded.crystal).match
+    again = CrystalAutoencoder.from_config(json.loads(json.dumps(codec.model.config())))
+    assert again.estimate_errors == errors
+
+
+def test_what_nobody_measured_is_no_part_of_a_models_identity() -> None:
+    model = make_model()
+    assert "estimate_errors" not in model.config()
+    calibrate(Codec(make_model(WINDOW)), CRYSTALS)  # windows are decoded without estimates
 
 
 @pytest.mark.parametrize(
