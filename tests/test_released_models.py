@@ -26,10 +26,11 @@ def test_a_released_model_does_what_its_figures_say(folder: Path) -> None:
     check_sums(folder)
     assert sum(path.stat().st_size for path in folder.iterdir()) < MAX_BYTES
     codec = Codec(read_bundle(folder)[0])
-    table = read_crystals([str(DATA / "benchmarks" / f"{folder.name}_test_half_a.parquet")], codec.model.grid)
+    told = json.loads((folder / "evaluation.json").read_text())
+    table = read_crystals([str(DATA.parent / told["data"]["source"])], codec.model.grid)
     rng = np.random.default_rng(0)
     crystals = [moved(crystal, rng) for crystal in table[:: len(table) // SHOWN]]
     pairs = zip(crystals, reconstruct(codec, crystals), strict=True)
     matched = [compare(crystal, decoded.crystal).match for crystal, decoded in pairs]
-    told = json.loads((folder / "evaluation.json").read_text())
-    assert np.mean(matched) >= told["match_rate"] - 0.06
+    rate = told["match_rate"]
+    assert np.mean(matched) >= rate - max(0.06, 2 * np.sqrt(rate * (1 - rate) / len(crystals)))
