@@ -25,7 +25,7 @@ UPLOAD_SECONDS = 2.0
 RECORDS_PER_BATCH = 50
 SYSTEM_SECONDS = 5.0
 MAX_NAME, MAX_PARAM, MAX_OF_A_BATCH = 250, 500, 100
-"""Characters of a run's name and of a parameter, and parameters at a time, that every MLflow server takes."""
+"""Characters of a run's or figure's name and of a parameter, and parameters at a time, that every MLflow server takes."""
 
 log = logging.getLogger(__name__)
 
@@ -182,7 +182,7 @@ def log_child(
     try:
         now = int(time.time() * 1000)
         kept_params = [Param(key, value[:MAX_PARAM]) for key, value in params.items()]
-        kept = [Metric(key, value, now, 0) for key, value in figures.items()]
+        kept = [Metric(key[:MAX_NAME], value, now, 0) for key, value in figures.items()]
         for start in range(0, max(len(kept_params), len(kept)), MAX_OF_A_BATCH):
             part = slice(start, start + MAX_OF_A_BATCH)
             client.log_batch(run_id, metrics=kept[part], params=kept_params[part])
