@@ -16,7 +16,6 @@ from dist_train.crystal import decode as decoding
 from dist_train.crystal.decode import Decoded, Estimate
 from dist_train.crystal.decode_box import decode_frame
 from dist_train.crystal.elements import MAX_Z
-from dist_train.crystal.frames import grid_shape
 from dist_train.crystal.lattice import from_lengths_angles
 from dist_train.crystal.structure import Crystal
 from dist_train.crystal.voxelize import Shape, voxelize
@@ -207,8 +206,11 @@ def calibrate(codec: Codec, crystals: Sequence[Crystal]) -> None:
     errors: dict[str, list[float]] = {"atoms": [], "integral": [], "composition": []}
     for start in range(0, len(crystals), BATCH):
         part = crystals[start : start + BATCH]
-        shapes = [grid_shape(crystal.lattice_A, model.grid) for crystal in part]
-        for crystal, fields in zip(part, codec.fields(codec.encode(part), shapes), strict=True):
+        latents = codec.encode(part)
+        shapes = codec.shapes(latents)
+        possible = [place for place, shape in enumerate(shapes) if not isinstance(shape, str)]
+        decoded = codec.fields(latents[possible], [shape for shape in shapes if not isinstance(shape, str)])
+        for crystal, fields in zip((part[place] for place in possible), decoded, strict=True):
             errors["atoms"].append(fields.estimate.atoms - len(crystal))
             if codec.channel == "occupancy":
                 errors["integral"].append(codec.atoms_of(fields.density_CDHW, fields.parameters_6) - len(crystal))

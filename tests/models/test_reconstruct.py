@@ -114,6 +114,14 @@ def test_an_estimate_counts_as_much_as_it_is_worth(monkeypatch: pytest.MonkeyPat
     assert again.estimate_errors == errors
 
 
+def test_a_model_that_decodes_no_cell_is_calibrated_calmly() -> None:
+    model = make_model(ADAPTIVE)
+    with torch.no_grad():
+        model.decoder.known.bias[:3] = 1e6  # logarithms of lengths
+    calibrate(Codec(model), CRYSTALS)
+    assert model.estimate_errors == EstimateErrors()
+
+
 def test_what_nobody_measured_is_no_part_of_a_models_identity() -> None:
     model = make_model()
     assert "estimate_errors" not in model.config()
