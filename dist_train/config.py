@@ -253,6 +253,9 @@ class ModelConfig(Section):
     brought to it by Fourier interpolation. null: the cube's after all halvings (for adaptive grids that of a cube of 32)."""
     hidden: Annotated[int, Field(ge=0)] = 0
     """Width of a linear layer between that grid and the latent vector, in encoder and decoder; 0: none."""
+    atoms_width: Annotated[int, Field(ge=0)] = 0
+    """Width of the layers that tell the number of atoms and their elements of the latent, its grid included; 0: one layer as
+    wide as the latent vector, of that vector alone."""
     unet_width: Count = 8
     """Channels of the U-Net's first level; every level below doubles them."""
     unet_levels: Annotated[int, Field(ge=2, le=6)] = 3
@@ -371,7 +374,8 @@ class TrainConfig(Section):
     """'joint': both networks, the U-Net on what the VAE decodes. 'vae': the VAE alone. 'unet': the U-Net alone, on what the
     frozen VAE of `init_from` decodes."""
     init_from: Path | None = None
-    """Bundle folder whose weights and standardisation a new run starts from; grid, elements and model must be the same."""
+    """Bundle folder whose weights and standardisation a new run starts from; grid, elements and model must be the same, but
+    for `model.atoms_width`: layers of another width begin anew."""
     unet_share: Annotated[float, Field(gt=0, le=1)] = 0.25
     """Share of each rank's crystals that the U-Net sees in a step (it costs far more than the VAE)."""
     background_ratio: Positive = 3.0

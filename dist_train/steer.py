@@ -189,7 +189,7 @@ def atoms_cost(codec: Codec, wanted: Atoms) -> Cost:
     multiples_K1 = torch.arange(1.0, MULTIPLES + 1, device=codec.device)[:, None]
 
     def cost(latent_NL: Tensor) -> Tensor:
-        found_NE = model.decoder.composition(latent_NL.to(codec.scale.dtype)).float()
+        found_NE = codec.composition(latent_NL)
         if wanted.formula:
             return (found_NE[:, None] - multiples_K1 * one_E).square().sum(2).min(1).values
         return torch.where(one_E > 0, 1 - found_NE, found_NE).relu().square().sum(1)

@@ -261,10 +261,10 @@ def _engine(config: RunConfig, model: CrystalAutoencoder) -> Engine:
 def build_model(config: RunConfig, index: Index, reader: ShardReader) -> CrystalAutoencoder:
     """The model of a new run, for the elements and the statistics of the training split; equal on every rank."""
     elements = index.elements("train")
+    torch.manual_seed(config.seed)
     if config.train.init_from is not None:
         return start_from(config.train.init_from, config.grid, config.model, elements)
     statistics = training_statistics(whole(reader.__getitem__, fetched(reader, min(len(reader), STATISTICS_SAMPLES))))
-    torch.manual_seed(config.seed)
     return CrystalAutoencoder(config.grid, config.model, elements, statistics)
 
 

@@ -157,9 +157,21 @@ def read_properties(folder: Path) -> PropertyHeads | None:
     return heads.requires_grad_(False).eval()
 
 
+ATOMS_LAYERS = ("decoder.atoms.", "decoder.local_atoms.")
+
+
 def start_from(folder: Path, grid: GridSpec, model: ModelConfig, elements: tuple[int, ...]) -> CrystalAutoencoder:
-    """The model of a bundle, standardisation included, for a new run. Raises ModelError where it isn't of the run's kind."""
+    """The model of a bundle, standardisation included, for a new run. Raises ModelError where it isn't of the run's kind.
+
+    The layers that `atoms_width` is of begin anew where that is another one: all else has been learnt without them.
+    """
     found = read_bundle(folder)[0]
+    if found.model.atoms_width != model.atoms_width:
+        old = found
+        other = old.model.model_copy(update={"atoms_width": model.atoms_width})
+        found = CrystalAutoencoder(old.grid, other, old.elements, old.statistics)
+        kept = {name: value for name, value in old.state_dict().items() if not name.startswith(ATOMS_LAYERS)}
+        found.load_state_dict({**found.state_dict(), **kept})
     for name, there, here in (
         ("grid", found.grid.model_dump(mode="json"), grid.model_dump(mode="json")),
         ("model", found.model.model_dump(mode="json"), model.model_dump(mode="json")),

@@ -21,6 +21,7 @@ from dist_train.crystal.structure import Crystal
 from dist_train.crystal.voxelize import Shape, voxelize
 from dist_train.errors import CrystalError
 from dist_train.models.autoencoder import (
+    USUAL_EDGE,
     CrystalAutoencoder,
     EstimateErrors,
     Standardiser,
@@ -107,6 +108,14 @@ class Codec:
             parameters_B6 = cell_parameters(self.scale.physical_cell(numbers.cell_B6).cpu().numpy())
             rows = zip(parameters_B6, numbers.shape_B3.float().cpu().numpy(), strict=True)
             return [self._shape(*row) for row in islice(rows, len(latent_BL))]
+
+    def composition(self, latent_BL: Tensor) -> Tensor:
+        """[B, E] atoms of each of the model's elements, float32, with gradients; latents of no grid are read as of a cube."""
+        shapes = [(USUAL_EDGE,) * 3 if isinstance(shape, str) else shape for shape in self.shapes(latent_BL.detach())]
+        groups = list(_of_one(shapes))
+        latents = latent_BL.to(self.device, self.scale.dtype)
+        found = [self.model.decoder.composition(latents[places], shapes[places[0]]).float() for places in groups]
+        return torch.cat(found)[np.argsort(np.concatenate(groups))]
 
     @torch.inference_mode()
     def fields(self, latent_BL: Tensor, shapes: Sequence[Shape]) -> list[Fields]:

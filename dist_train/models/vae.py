@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from itertools import product
+from itertools import pairwise, product
 from math import prod
 from typing import NamedTuple
 
@@ -27,6 +27,8 @@ N_CELL = 6
 N_CELL_FEATURES = 64
 N_SHAPE, USUAL_VOXELS = 3, 16
 """Numbers that say the shape of an adaptive grid (see `shape_numbers`), and the edge for which they are 0."""
+USUAL_ROOT = 64
+"""Voxels of a decoder's first grid over which sums are about as large as what is summed."""
 LEAST_LOG_VARIANCE, MOST_LOG_VARIANCE = -12.0, 6.0
 FIRST_LOG_VARIANCE = -6.0
 """Where numbers of a latent begin that are near the truth from the first: with variance 1, they would drown in noise."""
@@ -42,23 +44,23 @@ class Latent(NamedTuple):
 class Decoding(NamedTuple):
     """What a latent vector says of a crystal; everything standardised as the encoder's input is.
 
-    density_BCDHW; composition_BE: atoms of each element; the others as in Numbers.
+    density_BCDHW; log_count_B: logarithm of the number of atoms; composition_BE: atoms of each element; the others as in
+    Numbers.
     """
 
     density_BCDHW: Tensor
+    log_count_B: Tensor
     composition_BE: Tensor
     cell_B6: Tensor
-    log_count_B: Tensor
     shape_B3: Tensor
 
 
 class Numbers(NamedTuple):
-    """What has to be known of a crystal before its grid: cell_B6, standardised; log_count_B: logarithm of the number of
-    atoms; shape_B3: `shape_numbers` of an adaptive grid, else [B, 0].
+    """What has to be known of a crystal before its grid: cell_B6, standardised; shape_B3: `shape_numbers` of an adaptive
+    grid, else [B, 0].
     """
 
     cell_B6: Tensor
-    log_count_B: Tensor
     shape_B3: Tensor
 
 
@@ -117,10 +119,14 @@ class Decoder(nn.Module):
         self.known = nn.Linear(model.latent, self.n_known)
         nn.init.zeros_(self.known.weight)
         nn.init.zeros_(self.known.bias)
-        self.atoms = nn.Sequential(
-            nn.Linear(model.latent, model.latent), style.activation(), nn.Linear(model.latent, 1 + n_elements)
-        )
-        self.n_vector = model.latent
+        self.n_vector, width = model.latent, model.atoms_width
+        # Of each voxel of the first grid, summed over these: atoms add up.
+        self.local_atoms = nn.Sequential(
+            style.activation(), nn.Conv3d(widths[-1], width, 1), style.activation(), nn.Conv3d(width, width, 1)
+        ) if width else None  # fmt: skip
+        sizes = (model.latent + width, *((width, width) if width else (model.latent,)))
+        hidden = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), style.activation())]
+        self.atoms = nn.Sequential(*hidden, nn.Linear(sizes[-1], 1 + n_elements))
         whole = len(widths) - model.halvings
         layers: list[nn.Module] = []
         for layer in range(len(widths) - 1, 0, -1):
@@ -133,22 +139,28 @@ class Decoder(nn.Module):
 
     def forward(self, latent: Tensor, shape: Shape) -> Decoding:
         d, h, w = shape
-        grid = fourier_resample(
-            self.root(latent, shape), (-(-d // self.multiple), -(-h // self.multiple), -(-w // self.multiple))
-        )
+        root = self.root(latent, shape)
+        grid = fourier_resample(root, (-(-d // self.multiple), -(-h // self.multiple), -(-w // self.multiple)))
         density = run(self.recompute, self.out, run_layers(self.recompute, self.up, grid))
-        return Decoding(density[:, :, :d, :h, :w], self.composition(latent), *self.numbers(latent))
+        return Decoding(density[:, :, :d, :h, :w], *self._atoms(latent, root), *self.numbers(latent))
 
-    def composition(self, latent: Tensor) -> Tensor:
-        """[B, E] atoms of each element, of the latent's vector alone."""
-        composition: Tensor = self.atoms(latent[:, : self.n_vector])[:, 1:]
-        return composition
+    def composition(self, latent: Tensor, shape: Shape) -> Tensor:
+        """[B, E] atoms of each element, of latents whose grids have a shape."""
+        return self._atoms(latent, self.root(latent, shape))[1]
+
+    def _atoms(self, latent: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+        """log_count_B and composition_BE."""
+        said = latent[:, : self.n_vector]
+        if self.local_atoms is not None:
+            said = torch.cat([said, self.local_atoms(root).sum((2, 3, 4)) / USUAL_ROOT], dim=1)
+        said = self.atoms(said)
+        return said[:, 0], said[:, 1:]
 
     def numbers(self, latent: Tensor) -> Numbers:
         """Of the latent's vector alone: how its grid is to be read follows from them."""
         vector = latent[:, : self.n_vector]
         known = self.known(vector) + vector[:, : self.n_known]
-        return Numbers(known[:, :N_CELL], self.atoms(vector)[:, 0], known[:, N_CELL:])
+        return Numbers(known[:, :N_CELL], known[:, N_CELL:])
 
 
 class VectorHead(nn.Module):

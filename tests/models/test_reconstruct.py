@@ -47,14 +47,14 @@ def oracle(monkeypatch: pytest.MonkeyPatch, grid: GridSpec, crystals: Sequence[C
     def numbers(latent: Tensor) -> Numbers:
         place = latent[:, 0].long()
         shape = torch.cat([shape_numbers(grids[k].species_DHW.shape, cells[:1]) for k in place])
-        return Numbers(codec.scale.cell(cells[place]), counts[place], shape)
+        return Numbers(codec.scale.cell(cells[place]), shape)
 
     def decode(latent: Tensor, shape: Shape) -> Decoding:
         asked[:] = latent[:, 0].long().tolist()
         chosen = [grids[place].density_CDHW for place in asked]
         assert all(density.shape[1:] == shape for density in chosen)
         density = codec.scale.density(torch.from_numpy(np.stack(chosen)))
-        return Decoding(density, compositions[asked], *numbers(latent))
+        return Decoding(density, counts[asked], compositions[asked], *numbers(latent))
 
     def segment(decoding: Decoding) -> Tensor:
         species = torch.from_numpy(np.stack([grids[place].species_DHW for place in asked]))
@@ -154,7 +154,7 @@ def test_a_latent_of_no_cell_has_a_reason_and_disturbs_no_other(
 def test_a_window_gives_the_crystal_whatever_the_decoded_cell(monkeypatch: pytest.MonkeyPatch) -> None:
     true = perovskite(4.0, 4.0, 4.2)
     codec = oracle(monkeypatch, WINDOW, [placed(true, WINDOW)])
-    nothing = Numbers(torch.full((1, 6), torch.nan), torch.zeros(1), torch.zeros(1, 0))
+    nothing = Numbers(torch.full((1, 6), torch.nan), torch.zeros(1, 0))
     monkeypatch.setattr(codec.model.decoder, "numbers", lambda latent: nothing)
     (found,) = codec.crystals(latents(1), ["w"])
     assert found.crystal is not None, found.reason
