@@ -110,7 +110,7 @@ class Codec:
             return [self._shape(*row) for row in islice(rows, len(latent_BL))]
 
     def composition(self, latent_BL: Tensor) -> Tensor:
-        """[B, E] atoms of each of the model's elements, float32, with gradients; latents of no grid are read as of a cube."""
+        """[B, E] atoms of each of the model's elements, float32, with gradients; latents of no grid as if of a cube."""
         shapes = [(USUAL_EDGE,) * 3 if isinstance(shape, str) else shape for shape in self.shapes(latent_BL.detach())]
         groups = list(_of_one(shapes))
         latents = latent_BL.to(self.device, self.scale.dtype)
