@@ -166,6 +166,7 @@ def start_from(folder: Path, grid: GridSpec, model: ModelConfig, elements: tuple
     The layers that `atoms_width` is of begin anew where that is another one: all else has been learnt without them.
     """
     found = read_bundle(folder)[0]
+    found.flow = None  # fitted to the old latents
     if found.model.atoms_width != model.atoms_width:
         old = found
         other = old.model.model_copy(update={"atoms_width": model.atoms_width})
@@ -181,7 +182,6 @@ def start_from(folder: Path, grid: GridSpec, model: ModelConfig, elements: tuple
         if differing:
             told = "; ".join(f"{key} is {there[key]} there, {here[key]} here" for key in differing)
             raise ModelError(f"train.init_from {folder} has another {name}: {told}; name another bundle or change {name}")
-    found.flow = None
     return found.train()
 
 
