@@ -9,6 +9,9 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+MASS_SIGMAS = 3.0
+"""How far from an atom its density is looked for."""
+
 
 @njit(cache=True, nogil=True)
 def candidates(species, probability, ball, min_score, periodic):  # type: ignore[no-untyped-def]
@@ -68,6 +71,47 @@ def suppress(frac_M3, numbers_M, lattice, images, like, unlike, most):  # type: 
             if n_kept == most:
                 break
     return kept[:n_kept].copy()
+
+
+@njit(cache=True, nogil=True)
+def masses(voxels, density, basis, spacings, sigma, rounds):  # type: ignore[no-untyped-def]
+    """[N] sums of a density's voxels, shared out among N of them at which atoms may be.
+
+    Expectation maximisation of the weights of a mixture of Gaussians around these voxels: each takes its share of what lies
+    within its reach.
+    """
+    n0, n1, n2 = density.shape
+    reach = MASS_SIGMAS * sigma
+    r0, r1, r2 = int(reach / spacings[0]), int(reach / spacings[1]), int(reach / spacings[2])
+    flat = density.ravel()
+    most = (2 * r0 + 1) * (2 * r1 + 1) * (2 * r2 + 1)
+    places, weights = np.empty((len(voxels), most), np.int64), np.empty((len(voxels), most), np.float32)
+    inside = 0
+    for i in range(-r0, r0 + 1):
+        for j in range(-r1, r1 + 1):
+            for k in range(-r2, r2 + 1):
+                d2 = _square_A2(i, j, k, basis)
+                if d2 > reach * reach:
+                    continue
+                for n in range(len(voxels)):
+                    a, b, c = (voxels[n, 0] + i) % n0, (voxels[n, 1] + j) % n1, (voxels[n, 2] + k) % n2
+                    places[n, inside] = (a * n1 + b) * n2 + c
+                    weights[n, inside] = np.exp(-0.5 * d2 / (sigma * sigma))
+                inside += 1
+    found, total = np.ones(len(voxels)), np.empty(density.size, np.float32)
+    for _ in range(rounds):
+        total[:] = 0.0
+        for n in range(len(voxels)):
+            for m in range(inside):
+                total[places[n, m]] += found[n] * weights[n, m]
+        for n in range(len(voxels)):
+            share = 0.0
+            for m in range(inside):
+                place = places[n, m]
+                if flat[place] > 0.0 and total[place] > 0.0:
+                    share += weights[n, m] * flat[place] / total[place]
+            found[n] *= share
+    return found
 
 
 @njit(cache=True, nogil=True)

@@ -430,12 +430,54 @@ def test_a_poor_estimate_counts_for_little() -> None:
 
 
 def test_what_the_network_does_not_know_is_never_decoded() -> None:
-    """Two atoms of silicon where 0.3 are told: another element would be likelier by the count, but there is none."""
+    """Two atoms of silicon where one is told, and one of hydrogen: that would be likelier, if the network knew hydrogen."""
     pair = replace(PAIR, numbers_N=[14, 14])
     fields = "c", *fields_of(pair, COARSE), pair.lattice_A, COARSE, "occupancy"
-    told = estimate(Si=0.3)
+    told = estimate(Si=1.0, H=1.0)
     known = np.where(np.arange(MAX_Z + 1) == 14, told.composition_Z, -np.inf)
     for atoms, composition, found in ((2.0, told.composition_Z, {1, 14}), (2.0, known, {14})):
         crystal = decode(*fields, Estimate(atoms, composition)).crystal
         assert crystal is not None and len(crystal) == 2
         assert set(crystal.numbers_N) == found
+
+
+def hesitant(probability: float = 0.55, away_A: float = 0.9) -> tuple[Crystal, Fields]:
+    """Crystal and fields of a network that doesn't know on which of two places one of its atoms is: it votes for both, and
+    spreads the density of one over them."""
+    sites = np.array([[0.1, 0.1, 0.1], [0.6, 0.6, 0.6]])
+    crystal = Crystal("c", CELL, sites, np.array([14, 8]))
+    away = np.array([[0, 0, 0], [away_A / 2 / 4.8, 0, 0]])
+    others = [replace(crystal, frac_N3=sites + side * away) for side in (-1, 1)]
+    (density, species, _), (density_b, species_b, _) = (fields_of(other, COARSE) for other in others)
+    told = np.where(species == species_b, species > 0, probability).astype(np.float32)
+    return crystal, ((density + density_b) / 2, np.maximum(species, species_b), told)
+
+
+def test_an_atom_at_one_of_two_places_is_one_atom_between_them() -> None:
+    crystal, fields = hesitant()
+    assert len(decode("c", *fields, CELL, COARSE).crystal or ()) == 3  # by the votes alone
+    unsure = estimate(Si=1.2, O=1.4)._replace(atoms_error=1.3, composition_error=1.5)
+    found = decode("c", *fields, CELL, COARSE, "occupancy", unsure)
+    errors = errors_A(found, crystal)
+    assert errors is not None, found
+    assert errors.max() < 0.5
+
+
+def test_two_atoms_as_near_as_that_are_two() -> None:
+    pair = Crystal(
+        "c", CELL, np.array([[0.1, 0.1, 0.1], [0.6, 0.6, 0.6], [0.6 + 0.9 / 4.8, 0.6, 0.6]]), np.array([14, 8, 8])
+    )
+    unsure = estimate(Si=1.0, O=1.4)._replace(atoms_error=1.3, composition_error=1.5)
+    errors = errors_A(decode("c", *fields_of(pair, COARSE), CELL, COARSE, "occupancy", unsure), pair)
+    assert errors is not None
+    assert errors.max() < 0.01
+
+
+def test_an_element_that_the_composition_overlooks_stands_where_the_votes_are_clear() -> None:
+    """Eight atoms of silicon: 0.2 are told, by a network that is right to 1.2 of an element."""
+    sites = np.array([[x, y, z] for x in (0.0, 0.5) for y in (0.0, 0.5) for z in (0.0, 0.5)])
+    crystal = Crystal("c", CELL, sites, np.full(8, 14))
+    overlooked = estimate(Si=0.2, Pt=0.8, Li=0.7)._replace(atoms=8.0, composition_error=1.2)
+    found = decode("c", *fields_of(crystal, COARSE), CELL, COARSE, "occupancy", overlooked).crystal
+    assert found is not None
+    assert found.composition == {14: 8}
