@@ -22,6 +22,7 @@ PAPER = ModelConfig(
     gate=False,
 )  # fmt: skip
 SPATIAL = ModelConfig(latent=10, latent_voxels=64, latent_channels=3, vae_widths=(4, 8), vae_depth=1, unet_width=4)
+WIDE = SPATIAL.model_copy(update={"atoms_width": 6})
 ELEMENTS = (8, 22, 56)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_models import ADAPTIVE, CUBE, ELEMENTS, LIGHT, PAPER, SPATIAL, WINDOW, make_model
+from small_models import ADAPTIVE, CUBE, ELEMENTS, LIGHT, PAPER, SPATIAL, WIDE, WINDOW, make_model
 
 from dist_train.config import GridSpec, ModelConfig
 from dist_train.crystal.lattice import from_lengths_angles, lengths_angles
@@ -75,7 +75,7 @@ def test_the_unet_of_a_box_has_an_outside() -> None:
     assert change[-1] == 0
 
 
-@pytest.mark.parametrize("model", [LIGHT, PAPER, SPATIAL], ids=["light", "paper", "spatial"])
+@pytest.mark.parametrize("model", [LIGHT, PAPER, SPATIAL, WIDE], ids=["light", "paper", "spatial", "wide"])
 def test_one_model_takes_cells_of_all_shapes_and_gives_the_shape_asked_for(model: ModelConfig) -> None:
     network = make_model(ADAPTIVE, model)
     for shape in ((8, 16, 16), (16, 24, 40)):
@@ -101,9 +101,10 @@ def test_the_coarse_grid_decides_how_large_the_linear_layers_are() -> None:
     assert network.decode(torch.randn(1, LIGHT.latent)).density_BCDHW.shape == (1, 8, 12, 12, 12)
 
 
+@pytest.mark.parametrize("model", [SPATIAL, WIDE], ids=["spatial", "wide"])
 @pytest.mark.parametrize("shift", [(4, 0, 0), (0, 8, 4)])
-def test_a_spatial_latent_moves_with_the_crystal(shift: Shape) -> None:
-    network = make_model(ADAPTIVE, SPATIAL).eval()
+def test_a_spatial_latent_moves_with_the_crystal(shift: Shape, model: ModelConfig) -> None:
+    network = make_model(ADAPTIVE, model).eval()
     latent = randomised(network).encode(x := torch.randn(2, 8, 16, 16, 16), cell := torch.randn(2, 6)).mean
     moved = network.encode(x.roll(shift, (2, 3, 4)), cell).mean
     torch.testing.assert_close(moved[:, :10], latent[:, :10])
@@ -124,8 +125,18 @@ def test_the_coarse_grid_has_voxels_that_are_near_to_cubes(shape: Shape, coarse:
     assert latent_shape(shape, 64) == coarse
 
 
-def test_what_a_small_coarse_grid_leaves_of_the_latent_is_free_and_unread() -> None:
-    network = randomised(make_model(ADAPTIVE, SPATIAL))
+def test_wide_layers_for_atoms_hear_of_all_the_latent() -> None:
+    shape, latent = (8, 8, 32), torch.randn(2, SPATIAL.latent_size)
+    for model, heard in ((SPATIAL, False), (WIDE, True)):
+        network = make_model(ADAPTIVE, model)
+        changed = network.decoder.composition(latent + torch.nn.functional.one_hot(torch.tensor(10), 202), shape)
+        assert torch.equal(changed, network.decoder.composition(latent, shape)) != heard
+        assert torch.equal(network.decode(latent, shape).composition_BE, network.decoder.composition(latent, shape))
+
+
+@pytest.mark.parametrize("model", [SPATIAL, WIDE], ids=["spatial", "wide"])
+def test_what_a_small_coarse_grid_leaves_of_the_latent_is_free_and_unread(model: ModelConfig) -> None:
+    network = randomised(make_model(ADAPTIVE, model))
     posterior = network.encode(torch.randn(2, 8, 8, 8, 32), torch.randn(2, 6))
     used = 10 + 3 * math.prod(latent_shape((8, 8, 32), 64))
     assert used < posterior.mean.shape[1]
@@ -239,6 +250,19 @@ def test_a_run_starts_from_a_bundle_of_its_own_kind_alone(tmp_path: Path) -> Non
     ):
         with pytest.raises(ModelError, match=told):
             start_from(bundle, grid, sizes, elements)
+
+
+@pytest.mark.parametrize(("there", "here"), [(SPATIAL, WIDE), (WIDE, SPATIAL)], ids=["wider", "narrower"])
+def test_a_run_can_start_with_other_layers_for_the_atoms(tmp_path: Path, there: ModelConfig, here: ModelConfig) -> None:
+    old = make_model(ADAPTIVE, there, seed=1)
+    bundle = write_bundle(tmp_path / "bundle", old, old.state_dict(), {})
+    torch.manual_seed(5)
+    found, again = start_from(bundle, ADAPTIVE, here, ELEMENTS), make_model(ADAPTIVE, here, seed=5)
+    assert found.model == here
+    assert found.statistics == old.statistics
+    for name, value in found.state_dict().items():
+        fresh = name.startswith(("decoder.atoms.", "decoder.local_atoms."))
+        assert torch.equal(value, (again if fresh else old).state_dict()[name]), name
 
 
 def test_grids_without_atoms_and_empty_data_can_not_be_trained_on() -> None:

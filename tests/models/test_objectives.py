@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import ADAPTIVE, CPU, LIGHT, PAPER, SPATIAL, WINDOW, loss_and_gradients, make_batch, make_objective
+from small_models import ADAPTIVE, CPU, LIGHT, PAPER, WIDE, WINDOW, loss_and_gradients, make_batch, make_objective
 from torch import Tensor
 
 from dist_train.config import GridSpec, LossWeights, ModelConfig, TrainConfig
@@ -210,10 +210,10 @@ def test_noise_is_a_function_of_seed_and_step_and_position_whatever_the_ranks() 
 @pytest.mark.parametrize(
     ("grid", "model", "shape", "channels"),
     [
-        (ADAPTIVE, LIGHT, (16, 24, 32), 8), (ADAPTIVE, PAPER, (16, 24, 32), 8), (ADAPTIVE, SPATIAL, (8, 24, 32), 8),
+        (ADAPTIVE, LIGHT, (16, 24, 32), 8), (ADAPTIVE, PAPER, (16, 24, 32), 8), (ADAPTIVE, WIDE, (8, 24, 32), 8),
         (WINDOW, PAPER, (30, 30, 30), 1),
     ],
-    ids=["adaptive-light", "adaptive-paper", "adaptive-spatial", "window"],
+    ids=["adaptive-light", "adaptive-paper", "adaptive-spatial-wide", "window"],
 )  # fmt: skip
 @pytest.mark.parametrize("number", ["autocast", "bf16", "fp32"])
 def test_every_grid_trains_in_every_number_format(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from small_models import ADAPTIVE, CUBE, ELEMENTS, PAPER, WINDOW, make_model
+from small_models import ADAPTIVE, CUBE, ELEMENTS, PAPER, WIDE, WINDOW, make_model
 from torch import Tensor
 
 from dist_train.config import GridSpec
@@ -76,6 +76,20 @@ def test_latents_of_mixed_shapes_are_those_of_each_crystal_alone() -> None:
     together = codec.encode(CRYSTALS)
     torch.testing.assert_close(together, torch.cat([codec.encode([crystal]) for crystal in CRYSTALS]), rtol=1e-4, atol=1e-5)
     assert torch.pdist(together).min() > 1e-3
+
+
+def test_compositions_of_mixed_shapes_come_in_order_and_with_gradients() -> None:
+    codec = Codec(make_model(ADAPTIVE, WIDE))
+    latents = codec.encode(CRYSTALS).clone().requires_grad_()
+    found = codec.composition(latents)
+    for place, crystal in enumerate(CRYSTALS):
+        alone = codec.model.decode(latents[place : place + 1], grid_shape(crystal.lattice_A, ADAPTIVE)).composition_BE
+        torch.testing.assert_close(found[place : place + 1], alone)
+    found[1].sum().backward()
+    assert latents.grad is not None
+    assert (latents.grad[1, :11] != 0).all()
+    assert not latents.grad[[0, 2, 3]].any()
+    assert codec.composition(torch.full_like(latents, 1e3)).isfinite().all()  # of no possible cell
 
 
 def test_cells_of_mixed_shapes_come_back_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
