@@ -81,9 +81,11 @@ def test_latents_of_mixed_shapes_are_those_of_each_crystal_alone() -> None:
 def test_compositions_of_mixed_shapes_come_in_order_and_with_gradients() -> None:
     codec = Codec(make_model(ADAPTIVE, WIDE))
     latents = codec.encode(CRYSTALS).clone().requires_grad_()
-    found = codec.composition(latents)
-    for place, crystal in enumerate(CRYSTALS):
-        alone = codec.model.decode(latents[place : place + 1], grid_shape(crystal.lattice_A, ADAPTIVE)).composition_BE
+    found, shapes = codec.composition(latents), codec.shapes(latents.detach())
+    assert len(set(shapes)) > 1
+    for place, shape in enumerate(shapes):
+        assert not isinstance(shape, str)
+        alone = codec.model.decode(latents[place : place + 1], shape).composition_BE
         torch.testing.assert_close(found[place : place + 1], alone)
     found[1].sum().backward()
     assert latents.grad is not None
