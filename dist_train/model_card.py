@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -49,6 +50,7 @@ def model_card(name: str, config: dict[str, Any]) -> str:
             f"channels {', '.join(grid['channels'])}, at most {grid['max_atoms']} atoms",
             f"- latent of {_latent(sizes)}; VAE {sizes['vae_widths']}, U-Net of {sizes['unet_levels']} levels",
             f"- {about['step']} steps, objective {run['train']['objective']}, precision {run['train']['precision']}",
+            *_ancestors(about),
             "",
             "## Last validation",
             "",
@@ -92,6 +94,12 @@ def _properties(told: dict[str, Any] | None) -> list[str]:
         *rows,
         "",
     ]
+
+
+def _ancestors(about: dict[str, Any]) -> Iterator[str]:
+    """A line for each model that this one, or the one before it, started from."""
+    while about := about.get("started_from", {}):
+        yield f"- started from a model of {about['step']} steps on data of digest `{about['data_digest']}`"
 
 
 def _latent(sizes: dict[str, Any]) -> str:

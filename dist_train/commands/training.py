@@ -28,7 +28,7 @@ from dist_train.files import write_text
 from dist_train.generate import encode
 from dist_train.model_card import environment
 from dist_train.models.autoencoder import CrystalAutoencoder, Statistics, cell_numbers, check_grid
-from dist_train.models.export import check_place, start_from, write_bundle
+from dist_train.models.export import Ancestor, check_place, start_from, write_bundle
 from dist_train.models.flow import fit_flow
 from dist_train.models.reconstruct import Codec, calibrate
 from dist_train.progress import Progress
@@ -203,6 +203,7 @@ def _train_rank(config: RunConfig, index: Index, rank: int) -> str:
         engine.close()
         return ""
     checkpoints.clean()
+    ancestor = Ancestor.of(start) if (start := config.train.init_from) else None  # now: it may be gone in the end
     plan = batch_plan(config, reader, rank, engine.ranks)
     if plan.never_seen:
         log.warning(
@@ -217,7 +218,7 @@ def _train_rank(config: RunConfig, index: Index, rank: int) -> str:
         reached = fit(config, engine, reader, val, spool, checkpoints, state)
         done = reached.step == plan.steps
         if done:
-            summary = _finish(config, index, engine, reader, val, reached)
+            summary = _finish(config, index, engine, reader, val, reached, ancestor)
         else:
             summary = f"stopped after step {reached.step}"
             write_training_report(config.run_dir, config.run_dir / REPORT, None, [])
@@ -339,8 +340,9 @@ def _git_commit() -> str:
 
 
 def _finish(
-    config: RunConfig, index: Index, engine: Engine, reader: ShardReader, val: ShardReader, state: TrainState
-) -> str:
+    config: RunConfig, index: Index, engine: Engine, reader: ShardReader, val: ShardReader, state: TrainState,
+    ancestor: Ancestor | None,
+) -> str:  # fmt: skip
     """Rank 0, after the last step: the bundle with its prior, and the pictures."""
     model = engine.averaged()
     codec = Codec(model)
@@ -359,7 +361,8 @@ def _finish(
         "run": config.model_dump(mode="json"),
     }
     unique = np.unique(np.array(digests, np.uint64))
-    bundle = write_bundle(config.run_dir / "bundle", model, model.state_dict(), about, unique)
+    about, listed = ancestor.inherit(about, unique) if ancestor else (about, unique)
+    bundle = write_bundle(config.run_dir / "bundle", model, model.state_dict(), about, listed)
     crystals = [val.crystal(place) for place in range(min(SHOWN, len(val)))]
     for name, png in (
         ("slices.png", slices(codec, crystals)),

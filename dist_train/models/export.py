@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -145,6 +145,37 @@ def training_digests(folder: Path) -> NDArray[np.uint64] | None:
     Raises ModelError as `read_bundle` does.
     """
     return np.load(folder / DIGESTS_NAME, allow_pickle=False) if DIGESTS_NAME in check_sums(folder) else None
+
+
+class Ancestor(NamedTuple):
+    """What a run has to know of the bundle that it starts from, to say what its own model was trained on.
+
+    about: of the bundle; digests: as from `training_digests`.
+    """
+
+    about: dict[str, Any]
+    digests: NDArray[np.uint64] | None
+
+    @classmethod
+    def of(cls, folder: Path) -> Ancestor:
+        """Raises ModelError as `read_bundle` does."""
+        return cls(read_bundle(folder)[1]["about"], training_digests(folder))
+
+    def inherit(
+        self, about: dict[str, Any], digests: NDArray[np.uint64]
+    ) -> tuple[dict[str, Any], NDArray[np.uint64] | None]:
+        """`about` and digests of a bundle that was trained on crystals of these digests, and started from this one.
+
+        Its crystals were seen, too; where it doesn't tell which, nobody knows any more.
+        """
+        names = ("step", "data_digest", "git_commit", "started_from")
+        about |= {"started_from": {name: self.about[name] for name in names if name in self.about}}
+        there, here = self.about.get("training_digests", {}), about["training_digests"]
+        if self.digests is None or there.get("version") != here["version"]:
+            return about, None
+        if self.about.get("data_digest") != about["data_digest"]:  # else they are the same samples
+            about |= {"training_digests": here | {name: here[name] + there[name] for name in ("samples", "of")}}
+        return about, np.union1d(digests, self.digests)
 
 
 def read_properties(folder: Path) -> PropertyHeads | None:

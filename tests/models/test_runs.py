@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from small_models import make_model
 from small_run import small_config, write_mixed_shards, write_small_shards
 
 from dist_train.commands import training as commands
 from dist_train.errors import ModelError
 from dist_train.generate import reconstruct
-from dist_train.models.export import read_bundle
+from dist_train.model_card import model_card
+from dist_train.models.export import Ancestor, read_bundle, write_bundle
 from dist_train.models.reconstruct import Codec
 from dist_train.shards.index import Index
 from dist_train.shards.reader import ShardReader
@@ -53,5 +57,24 @@ def test_a_unet_is_trained_on_the_vae_of_a_bundle(tmp_path: Path) -> None:
     changed = {name for name, value in before.items() if not torch.equal(after[name], value)}
     assert changed
     assert all(name.startswith("unet.") for name in changed)
+    old, new = (json.loads((run / "bundle" / "config.json").read_text())["about"] for run in (first, second))
+    assert new["started_from"] == {name: old[name] for name in ("step", "data_digest", "git_commit")}
+    assert new["training_digests"] == old["training_digests"]  # the same samples
+    assert f"started from a model of {old['step']} steps" in model_card("m", read_bundle(second / "bundle")[1])
     with pytest.raises(ModelError, match=r"init_from .* has another model: latent is 10 there, 9 here"):
         commands.train(small_config(tmp_path, f"run_dir={tmp_path}/never", "train.objective=unet", start, "model.latent=9"))
+
+
+def test_a_model_has_seen_what_the_one_it_started_from_was_trained_on(tmp_path: Path) -> None:
+    model, seen = make_model(), np.array([3, 5], np.uint64)
+    about = {"step": 7, "data_digest": "a", "training_digests": {"version": 2, "samples": 2, "of": 9}}
+    new = {"data_digest": "b", "training_digests": {"version": 2, "samples": 3, "of": 3}}
+    known, unknown = (write_bundle(tmp_path / n, model, model.state_dict(), about, d) for n, d in (("k", seen), ("u", None)))
+    told, digests = Ancestor.of(known).inherit(dict(new), np.array([4, 5], np.uint64))
+    assert digests is not None
+    assert digests.tolist() == [3, 4, 5]
+    assert told["training_digests"] == {"version": 2, "samples": 5, "of": 12}
+    assert told["started_from"] == {"step": 7, "data_digest": "a"}
+    assert Ancestor.of(unknown).inherit(dict(new), np.array([4], np.uint64))[1] is None
+    other = new | {"training_digests": {"version": 3, "samples": 3, "of": 3}}
+    assert Ancestor.of(known).inherit(other, np.array([4], np.uint64))[1] is None  # digests of another kind
