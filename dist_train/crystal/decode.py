@@ -50,9 +50,10 @@ MIN_SCORE, LEAST_SCORE = 0.35, 0.1
 EVIDENCE = (7.0, 7.0, 7.0, -12.0)
 """Log-odds that a voxel found is an atom: for its score, its mass and its height, each about 1 for an atom, and for nothing.
 From a logistic regression on what a model of the Materials Project decoded of validation crystals."""
-MASS_WIDTH, MASS_ROUNDS, LEAST_EVIDENCE = 1.15, 6, -6.0
-"""Sigma of the Gaussians that share out the density, over the spec's; rounds in which they do; log-odds below which a voxel
-has no share in the end."""
+LEAST_EVIDENCE, TAKEN_AWAY = -6.0, 8
+"""Log-odds of what is clearly no atom: all such go at once; of others, one in so many of those beyond the estimate."""
+MASS_WIDTH, MASS_ROUNDS = 1.15, 6
+"""Sigma of the Gaussians that share out the density, over the spec's; rounds in which they do."""
 LEAST_SHARE = 0.02
 """Share of the votes that an element has that nobody voted for, where they are weighed against an estimated composition."""
 HUBER = 1.0
@@ -200,7 +201,10 @@ class _Grid:
     def find(
         self, density: NDArray[np.float32], heights: NDArray[np.float32], most: int, estimate: Estimate | None
     ) -> tuple[NDArray[np.int64], FloatArray]:
-        """Voxels [N, 3] at the peaks of the votes, at most `most`, and their scores [N]; the likeliest atoms come first."""
+        """Voxels [N, 3] at the peaks of the votes, at most `most`, and their scores [N], from the highest down.
+
+        Of those that an estimate doesn't bear out, the least likely go first, and leave their density to the others.
+        """
         least = MIN_SCORE if estimate is None else LEAST_SCORE
         voxels, votes = labels.candidates(self.species, self.probability, self.ball, least, True)
         scores = votes / len(self.ball)
@@ -214,18 +218,17 @@ class _Grid:
         voxels, scores = voxels[kept], scores[kept]
         if estimate is None:
             return voxels, scores
-        while len(voxels):
+        while True:
             evidence = self._evidence(voxels, scores, density, heights)
-            # What one atom less does to the squared error of the count.
-            less = (1.0 - 2.0 * (len(voxels) - estimate.atoms)) / (2.0 * estimate.atoms_error**2)
-            kept = evidence > LEAST_EVIDENCE
-            if kept.all():
-                worst = int(evidence.argmin())
-                if evidence[worst] + less > 0.0:
-                    break
-                kept[worst] = False
+            # Without an atom its log-odds are lost, and the squared error of the count changes.
+            change = (len(voxels) - estimate.atoms - 0.5) / estimate.atoms_error**2 - evidence
+            clear = np.count_nonzero(evidence < LEAST_EVIDENCE)
+            if not clear and not (change > 0.0).any():
+                return voxels, scores
+            # One by one, for two that share one atom are each unlikely; more of them only where far too many are left.
+            away = clear or max(1, int(len(voxels) - estimate.atoms) // TAKEN_AWAY)
+            kept = np.sort(np.argsort(evidence, kind="stable")[away:])
             voxels, scores = voxels[kept], scores[kept]
-        return voxels, scores
 
     def masses(self, voxels: NDArray[np.int64], density: NDArray[np.float32], heights: NDArray[np.float32]) -> FloatArray:
         """[N] integral of the density around voxels, shared out among them, in atoms."""
