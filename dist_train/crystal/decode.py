@@ -222,7 +222,7 @@ class _Grid:
             evidence = self._evidence(voxels, scores, density, heights)
             # Without an atom its log-odds are lost, and the squared error of the count changes.
             change = (len(voxels) - estimate.atoms - 0.5) / estimate.atoms_error**2 - evidence
-            clear = np.count_nonzero(evidence < LEAST_EVIDENCE)
+            clear = int(np.count_nonzero(evidence < LEAST_EVIDENCE))
             if not clear and not (change > 0.0).any():
                 return voxels, scores
             # One by one, for two that share one atom are each unlikely; more of them only where far too many are left.
