@@ -76,6 +76,8 @@ FIT_ERROR_A = 0.001
 """Atoms may come out nearer than the least distance by this."""
 MAX_ATOMS_PER_A3 = 0.5
 """Number density above which a field is no crystal; diamond, the densest at normal pressure, has 0.18."""
+MAX_STEP_SIGMAS = 4.0
+"""Distance of voxels, in widths of an atom, at which one can lie between them unseen."""
 MIN_SPACING_A = 0.5
 """Distance of opposite faces below which a decoded cell is too flat to be one."""
 
@@ -111,7 +113,7 @@ def decode(
         return Decoded(None, nothing, "the fields are not finite")
     if species_DHW.min() < 0 or species_DHW.max() > MAX_Z:
         return Decoded(None, nothing, f"the species are no atomic numbers from 0 to {MAX_Z}")
-    if fault := _lattice_fault(lattice_A):
+    if fault := _lattice_fault(lattice_A, species_DHW.shape, spec.sigma_A):
         return Decoded(None, nothing, fault)
     grid = _Grid(
         np.ascontiguousarray(species_DHW, np.uint8), np.ascontiguousarray(atom_probability_DHW, np.float32), lattice_A, spec
@@ -147,12 +149,15 @@ def decode_ideal(crystal: Crystal, spec: GridSpec) -> Decoded:
     return decode(crystal.id, grid.density_CDHW[0], grid.species_DHW, labelled, crystal.lattice_A, spec)
 
 
-def _lattice_fault(lattice_A: FloatArray) -> str:
-    """Why a lattice is none, or ''."""
+def _lattice_fault(lattice_A: FloatArray, shape: tuple[int, ...], sigma_A: float) -> str:
+    """Why a lattice is none, or none that a grid of this shape can show; else ''."""
     if not np.isfinite(lattice_A).all():
         return "the lattice is not finite"
     if abs(np.linalg.det(lattice_A)) < MIN_VOLUME_A3 or plane_spacings(lattice_A).min() < MIN_SPACING_A:
         return f"the cell is flat: opposite faces less than {MIN_SPACING_A} A apart"
+    spacing, most = float((np.linalg.norm(lattice_A, axis=1) / shape).max()), MAX_STEP_SIGMAS * sigma_A
+    if spacing > most:
+        return f"the cell is too large for its grid: voxels {spacing:.3g} A apart, atoms are seen at {most:g} A or less"
     return ""
 
 
