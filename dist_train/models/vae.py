@@ -146,10 +146,10 @@ class Decoder(nn.Module):
 
     def composition(self, latent: Tensor, shape: Shape) -> Tensor:
         """[B, E] atoms of each element, of latents whose grids have a shape."""
-        return self._atoms(latent, self.root(latent, shape))[1]
+        return self._atoms(latent, None if self.local_atoms is None else self.root(latent, shape))[1]
 
-    def _atoms(self, latent: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
-        """log_count_B and composition_BE."""
+    def _atoms(self, latent: Tensor, root: Tensor | None) -> tuple[Tensor, Tensor]:
+        """log_count_B and composition_BE; root: the decoder's first grid, which only `local_atoms` looks at."""
         said = latent[:, : self.n_vector]
         if self.local_atoms is not None:
             said = torch.cat([said, self.local_atoms(root).sum((2, 3, 4)) / USUAL_ROOT], dim=1)
