@@ -158,8 +158,9 @@ class Ancestor(NamedTuple):
 
     @classmethod
     def of(cls, folder: Path) -> Ancestor:
-        """Raises ModelError as `read_bundle` does."""
-        return cls(read_bundle(folder)[1]["about"], training_digests(folder))
+        """Raises ModelError for a folder that is no bundle or is damaged."""
+        digests = training_digests(folder)
+        return cls(json.loads((folder / CONFIG_NAME).read_text())["about"], digests)
 
     def inherit(
         self, about: dict[str, Any], digests: NDArray[np.uint64]
