@@ -123,7 +123,8 @@ def decode(
     most = min(spec.max_atoms, int(MAX_ATOMS_PER_A3 * abs(np.linalg.det(lattice_A))))
     voxels, scores = grid.find(density, heights, most + 1, estimate)
     if not len(voxels):
-        return Decoded(None, nothing, f"no atom found: no voxel with any density scores {MIN_SCORE} or more")
+        told = f"no voxel with any density scores {MIN_SCORE} or more" if estimate is None else "none is likely to be one"
+        return Decoded(None, nothing, f"no atom found: {told}")
     if len(voxels) > most:
         return Decoded(None, nothing, f"over {most} atoms found, more than the cell or the spec can hold")
     likely = most if estimate is None else min(most, round(float(grid.masses(voxels, density, heights).sum())))
