@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -167,7 +168,7 @@ def _clear(out: Path) -> None:
 
 
 def _shown(command: list[str]) -> str:
-    text = " ".join(command).replace(f"{sys.executable} -m dist_train", "dist-train")
+    text = shlex.join(command).replace(f"{sys.executable} -m dist_train", "dist-train")
     return text.replace(f"{Path(sys.executable).parent}/", "").replace(f"{ROOT}/", "")
 
 
