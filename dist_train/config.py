@@ -475,13 +475,14 @@ class PriorConfig(Section):
     """What samples are drawn from; fitted to the latents of the training crystals when a run ends."""
 
     kind: Literal["flow", "gaussian"] = "flow"
-    """'gaussian': one of full covariance. 'flow': a small network that carries noise to latents (see `models.flow`)."""
+    """'gaussian': one of full covariance. 'flow': small networks that draw a composition, and carry noise to a latent of
+    such a crystal (see `models.flow`)."""
     width: Count = 384
     """Of the flow's layers."""
     depth: Count = 3
     """Blocks of the flow."""
     steps: Count = 2000
-    """Steps of its training, on batches of 512 latents: about two minutes on one CPU core."""
+    """Of the training of each, the flow's on batches of 512 latents: about three minutes on one CPU core."""
 
 
 class RunConfig(Section):

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain
 from math import pi
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -52,15 +52,18 @@ def posterior(
     return Latent(*(torch.cat(part) for part in zip(*found, strict=True)))
 
 
-def decode(codec: Codec, latent_NL: Tensor, ids: Sequence[str], workers: int = 1) -> Iterator[Decoded]:
+def decode(
+    codec: Codec, latent_NL: Tensor, ids: Sequence[str], workers: int = 1, atoms_NE: Tensor | None = None
+) -> Iterator[Decoded]:
     """The crystals of latents, in order: networks in `workers` threads, `decode_frame` over as many processes.
 
-    One worker means no other process. The crystals are the same, bit for bit, for any number.
+    One worker means no other process. The crystals are the same, bit for bit, for any number. atoms_NE: how many of each of
+    the model's elements they have, where that is known.
     """
 
     def decodable(start: int) -> list[Fields | str]:
         part = slice(start, start + DECODED)
-        return codec.decodable(latent_NL[part], ids[part])
+        return codec.decodable(latent_NL[part], ids[part], None if atoms_NE is None else atoms_NE[part])
 
     fields = _by_networks(codec, decodable, range(0, len(ids), DECODED), workers)
     frame = partial(decode_frame, spec=codec.model.grid, channel=codec.channel)
@@ -81,22 +84,79 @@ def _by_networks(codec: Codec, work: Callable[[T], R], batches: Iterable[T], wor
         torch.set_num_threads(usual)
 
 
-def sample_latents(codec: Codec, n: int, seed: int, workers: int = 1) -> Tensor:
-    """[n, latent] draws from what was fitted to the training crystals' latents, the bundle's flow or else a Gaussian.
+class Draws(NamedTuple):
+    """latent_NL from the prior; atoms_NE: of each element, that they were drawn for, where the prior says."""
 
-    Same seed, same draws, however many.
-    """
+    latent_NL: Tensor
+    atoms_NE: Tensor | None
+
+
+def draw(codec: Codec, n: int, seed: int, workers: int = 1) -> Draws:
+    """What was fitted to the training crystals' latents, the bundle's flow or else a Gaussian. Same seed, same draws."""
     model, generator = codec.model, torch.Generator().manual_seed(seed % 2**63)
-    noise = torch.randn(n, model.model.latent_size, generator=generator)
+    noise, atoms = torch.randn(n, model.model.latent_size, generator=generator), None
+    if model.flow and (known := model.flow.compositions):
+        of_atoms = torch.Generator().manual_seed((seed + 1) % 2**63)
+        uniform = torch.rand(n, known.most_elements + 1, 2, generator=of_atoms)
+        parts = torch.split(filled(uniform).to(codec.device), FLOWED)
+        atoms = torch.cat(list(_by_networks(codec, known.draw, parts, workers)))
 
-    def carried(noise_BL: Tensor) -> Tensor:
+    def carried(rows: slice) -> Tensor:
+        part = filled_noise[rows]
         if model.flow is None:
-            return noise_BL @ model.prior_cholesky.float().T
-        return model.latent_scale * model.flow.carry(noise_BL)
+            return part @ model.prior_cholesky.float().T
+        return model.latent_scale * model.flow.carry(part, None if atoms is None else atoms[rows])
 
-    batches = torch.split(filled(noise).to(codec.device), FLOWED)
+    filled_noise = filled(noise).to(codec.device)
+    batches = (slice(start, start + FLOWED) for start in range(0, len(filled_noise), FLOWED))
     drawn = torch.cat(list(_by_networks(codec, carried, batches, workers)))[:n]
-    return (model.prior_mean.float() + drawn).cpu()
+    return Draws((model.prior_mean.float() + drawn).cpu(), None if atoms is None else atoms[:n].cpu())
+
+
+def sample_latents(
+    codec: Codec, n: int, seed: int, workers: int = 1, progress: Callable[[int], None] = lambda n: None
+) -> Tensor:
+    """[n, latent] of samples; same seed, same samples, however many.
+
+    A prior that draws atoms first is taken at its word: the decoder is told of them, and the latent is that of the crystal
+    it makes; the latent drawn where there is none. progress(n): n more are done.
+    """
+    drawn = draw(codec, n, seed, workers)
+    if drawn.atoms_NE is None:
+        progress(n)
+        return drawn.latent_NL
+    return torch.stack([row.again_L for row in returned(codec, *drawn, workers, progress)])
+
+
+class Returned(NamedTuple):
+    """latent_L and the crystal that it decodes to; again_L: that crystal encoded."""
+
+    latent_L: Tensor
+    decoded: Decoded
+    again_L: Tensor
+
+
+def returned(
+    codec: Codec, latent_NL: Tensor, atoms_NE: Tensor | None = None, workers: int = 1,
+    progress: Callable[[int], None] = lambda n: None,
+) -> list[Returned]:  # fmt: skip
+    """What latents decode to, encoded again; the latent itself where there is no crystal that the grid holds.
+
+    progress(n): n more are done. atoms_NE: see `decode`.
+    """
+    rows, held = [], {}
+    decoded = decode(codec, latent_NL, [f"{place}" for place in range(len(latent_NL))], workers, atoms_NE)
+    for place, (latent_L, item) in enumerate(zip(latent_NL, decoded, strict=True)):
+        if item.crystal is not None:
+            try:
+                held[place] = representable(item.crystal, codec.model.grid)
+            except CrystalError as error:
+                item = Decoded(None, item.confidence_N, str(error))
+        rows.append(Returned(latent_L, item, latent_L))
+    progress(len(rows) - len(held))
+    for place, again_L in zip(held, encode(codec, list(held.values()), progress, workers), strict=True):
+        rows[place] = rows[place]._replace(again_L=again_L.to(latent_NL))
+    return rows
 
 
 def interpolate_latents(start_L: Tensor, stop_L: Tensor, steps: int, around_L: Tensor | None = None) -> Tensor:

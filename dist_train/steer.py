@@ -10,21 +10,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from math import inf
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dist_train.crystal.decode import Decoded
 from dist_train.crystal.elements import NUMBERS, SYMBOLS
-from dist_train.crystal.frames import representable
 from dist_train.crystal.structure import Crystal
-from dist_train.errors import ConfigError, CrystalError, ModelError
-from dist_train.generate import decode, encode, sample_latents
+from dist_train.errors import ConfigError, ModelError
+from dist_train.generate import Returned, draw, returned
 from dist_train.models.properties import PropertyHeads
 from dist_train.models.reconstruct import Codec
 
@@ -40,14 +37,6 @@ MULTIPLES = 8
 
 Cost = Callable[[Tensor], Tensor]
 """[N, latent] -> [N], 0 where all is as wanted; gradients flow through it."""
-
-
-class Found(NamedTuple):
-    """latent_L and the crystal that it decodes to; again_L: that crystal encoded."""
-
-    latent_L: Tensor
-    decoded: Decoded
-    again_L: Tensor
 
 
 def property_cost(heads: PropertyHeads, targets: Mapping[str, float], extrapolate: bool = False) -> Cost:
@@ -88,7 +77,7 @@ def steer(start_NL: Tensor, cost: Cost, std_L: Tensor, steps: int) -> Tensor:
 def search(
     codec: Codec, cost: Cost, n: int, seed: int, progress: Callable[[], None] = lambda: None, steps: int = STEPS,
     wanted: Callable[[Crystal], bool] = lambda crystal: True,
-) -> list[Found]:  # fmt: skip
+) -> list[Returned]:  # fmt: skip
     """At most n crystals that, encoded again, cost little, of as many formulas as there are; same seed, same crystals.
 
     The best one of each formula comes first, then each second best, and at last those that aren't `wanted`; fewer than n
@@ -96,14 +85,14 @@ def search(
     """
     if n == 0:
         return []
-    pool_NL = sample_latents(codec, POOL * n, seed).to(codec.device)
+    pool_NL = draw(codec, POOL * n, seed).latent_NL.to(codec.device)
     with torch.inference_mode():
         order = cost(pool_NL).argsort(stable=True)
     latent_NL, std_L = pool_NL[order[: CANDIDATES * n]], codec.model.prior_cholesky.float().norm(dim=1)
-    best: dict[int, tuple[float, Found]] = {}
+    best: dict[int, tuple[float, Returned]] = {}
     for _ in range(ROUNDS):
         latent_NL = steer(latent_NL, cost, std_L, steps)
-        rows = returned(codec, latent_NL, [f"{row}" for row in range(len(latent_NL))])
+        rows = returned(codec, latent_NL)
         latent_NL = torch.stack([row.again_L for row in rows])
         with torch.inference_mode():
             costs = cost(latent_NL).tolist()
@@ -118,22 +107,6 @@ def search(
         formulas[row.decoded.crystal.formula] += 1
         ranked.append((not wanted(row.decoded.crystal), formulas[row.decoded.crystal.formula], its, row))
     return [row for *_, row in sorted(ranked, key=lambda entry: entry[:3])[:n]]
-
-
-def returned(codec: Codec, latent_NL: Tensor, ids: Sequence[str]) -> list[Found]:
-    """What latents decode to, encoded again; the latent itself where there is no crystal that the grid holds."""
-    decoded = decode(codec, latent_NL, ids)
-    rows = [Found(latent_L, item, latent_L) for latent_L, item in zip(latent_NL, decoded, strict=True)]
-    held = {}
-    for place, row in enumerate(rows):
-        if row.decoded.crystal is not None:
-            try:
-                held[place] = representable(row.decoded.crystal, codec.model.grid)
-            except CrystalError as error:
-                rows[place] = row._replace(decoded=Decoded(None, row.decoded.confidence_N, str(error)))
-    for place, again_L in zip(held, encode(codec, list(held.values())), strict=True):
-        rows[place] = rows[place]._replace(again_L=again_L)
-    return rows
 
 
 def move_along(latent_NL: Tensor, heads: PropertyHeads, name: str, amount: float) -> Tensor:

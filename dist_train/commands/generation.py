@@ -345,8 +345,7 @@ def _sample(options: GenerateOptions, model: _Model, stages: Stages) -> Iterator
         yield from _search(options, model, stages)
         return
     with stages.stage("sample", options.n) as bar:
-        latent_NL = sample_latents(model.codec, options.n, options.seed, options.workers)
-        bar.update(options.n)
+        latent_NL = sample_latents(model.codec, options.n, options.seed, options.workers, bar.update)
     for place, latent in enumerate(latent_NL):
         yield _Asked(f"sample-{options.seed}-{place:05d}", latent)
 

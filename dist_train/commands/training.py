@@ -12,25 +12,30 @@ import subprocess
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from math import log as ln
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dist_train import __version__
 from dist_train.commands.registry import register
 from dist_train.config import RunConfig, load_config
 from dist_train.crystal.digest import DIGEST_VERSION, digest
+from dist_train.crystal.structure import Crystal
 from dist_train.errors import CheckpointError, ConfigError, Interrupted, OutOfMemory
 from dist_train.figures import loss_curves, slices
 from dist_train.files import write_text
-from dist_train.generate import encode
+from dist_train.generate import posterior
 from dist_train.model_card import environment
-from dist_train.models.autoencoder import CrystalAutoencoder, Statistics, cell_numbers, check_grid
+from dist_train.models.autoencoder import CrystalAutoencoder, Statistics, cell_numbers, check_grid, composition_vector
+from dist_train.models.compositions import fit_compositions
 from dist_train.models.export import Ancestor, check_place, start_from, write_bundle
-from dist_train.models.flow import fit_flow
+from dist_train.models.flow import Pairs, fit_flow
 from dist_train.models.reconstruct import Codec, calibrate
+from dist_train.models.vae import Latent
 from dist_train.progress import Progress
 from dist_train.ranks import place
 from dist_train.shards.index import Index
@@ -347,8 +352,11 @@ def _finish(
     model = engine.averaged()
     codec = Codec(model)
     calibrate(codec, for_calibration(val))
-    _fit_prior(codec, reader, config)
-    digests = whole(lambda place: digest(reader.crystal(place)), fetched(reader, min(len(reader), MAX_DIGESTS)))
+    n_known = min(len(reader), MAX_DIGESTS)
+    with Progress("digests", n_known, "crystals") as bar:
+        known = whole(lambda place: _known(reader.crystal(place)), bar.over(fetched(reader, n_known)))
+    digests = [digest for digest, _ in known]
+    _fit_prior(codec, reader, config, np.stack([composition for _, composition in known]))
     about = {
         "step": state.step,
         "data_digest": index.digest,
@@ -385,19 +393,35 @@ def _last_validation(spool: Path) -> dict[str, float]:
     return {name: value for name, value in found[-1].items() if name.startswith("val/")} if found else {}
 
 
-def _fit_prior(codec: Codec, reader: ShardReader, config: RunConfig) -> None:
-    """Fit what samples are drawn from to the latents of the training crystals."""
+def _known(crystal: Crystal) -> tuple[int, NDArray[np.float32]]:
+    """Its digest, and atoms by atomic number."""
+    return digest(crystal), composition_vector(crystal)
+
+
+def _fit_prior(codec: Codec, reader: ShardReader, config: RunConfig, atoms_NZ: NDArray[np.float32]) -> None:
+    """Fit what samples are drawn from to the compositions of training crystals and to the latents of some of them."""
+    model, prior = codec.model, config.prior
     crystals = whole(reader.crystal, fetched(reader, min(len(reader), PRIOR_SAMPLES)))
-    latents = encode(codec, crystals, workers=torch.get_num_threads()).cpu().double()
+    with Progress("encode", len(crystals), "crystals") as bar:
+        found = posterior(codec, crystals, bar.update, torch.get_num_threads())
+    latents = found.mean.cpu().double()
     centred = latents - latents.mean(0)
     covariance = centred.T @ centred / max(len(latents) - 1, 1)
     ridge = 1e-6 * covariance.diagonal().mean().clamp(min=1e-6) * torch.eye(len(covariance), dtype=torch.float64)
-    codec.model.prior_mean.copy_(latents.mean(0))
-    codec.model.prior_cholesky.copy_(torch.linalg.cholesky(covariance + ridge))
-    prior = config.prior
-    if prior.kind == "flow":
-        with Progress("prior", prior.steps, "steps") as bar:
-            codec.model.flow = fit_flow(
-                (centred / codec.model.latent_scale).float().to(codec.device), prior.width, prior.depth, prior.steps,
-                config.seed, lambda error: bar.update(error=f"{error:.3f}"),
-            )  # fmt: skip
+    model.prior_mean.copy_(latents.mean(0))
+    model.prior_cholesky.copy_(torch.linalg.cholesky(covariance + ridge))
+    if prior.kind != "flow":
+        return
+    elements = list(model.elements)
+    atoms_NE = torch.from_numpy(np.concatenate([atoms_NZ, np.stack(list(map(composition_vector, crystals)))])[:, elements])
+    with Progress("compositions", prior.steps, "steps") as bar:
+        compositions = fit_compositions(
+            atoms_NE[: len(atoms_NZ)].to(codec.device), elements, prior.steps, config.seed,
+            lambda error: bar.update(error=f"{error:.2f}"),
+        )  # fmt: skip
+    scaled = Latent((centred / model.latent_scale).float().to(codec.device), found.log_variance - 2 * ln(model.latent_scale))
+    with Progress("prior", prior.steps, "steps") as bar:
+        model.flow = fit_flow(
+            Pairs(scaled, atoms_NE[len(atoms_NZ) :].to(codec.device)), compositions, prior.width, prior.depth, prior.steps,
+            config.seed, lambda error: bar.update(error=f"{error:.3f}"),
+        )  # fmt: skip

@@ -27,6 +27,15 @@ SYMBOLS: tuple[str, ...] = ("X", *(symbol for row in _PERIODS for symbol in row)
 MAX_Z = len(SYMBOLS) - 1
 NUMBERS: dict[str, int] = {symbol: z for z, symbol in enumerate(SYMBOLS) if z}
 
+_BY_ELECTRONEGATIVITY = """
+Fr Cs K Rb Ba Ra Na Sr Li Ca La Tb Yb Ac Ce Pr Pm Nd Sm Eu Gd Y Dy Ho Er Tm Lu Pu Hf Th Am Cm Bk Cf Es Fm Md No Lr Mg Zr
+Sc Np U Ta Pa Ti Mn Be Nb Al Tl V Zn Cr Cd In Ga Fe Co Si Cu Tc Re Ni Ag Sn Hg Po Ge Bi B Sb Te Mo As P H Ru Pd Os Ir At
+Rn Rh Pt Pb W Au C Se S Xe I Br Kr N Cl O F He Ne Ar
+"""
+
+ELECTRONEGATIVITY_ORDER: dict[int, int] = {NUMBERS[s]: place for place, s in enumerate(_BY_ELECTRONEGATIVITY.split())}
+"""Atomic number -> place of the element by rising electronegativity (Pauling's scale; of those without one, last)."""
+
 N_PERIODS, N_GROUPS, N_F_PLACES = 7, 18, 14
 
 

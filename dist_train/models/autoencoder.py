@@ -153,7 +153,7 @@ class CrystalAutoencoder(nn.Module):
             "model": self.model.model_dump(mode="json"),
             "elements": list(self.elements),
             "statistics": asdict(self.statistics),
-            "flow": self.flow and {"width": self.flow.width, "depth": self.flow.depth},
+            "flow": self.flow and self.flow.config(),
         }
 
     @classmethod
@@ -171,7 +171,7 @@ class CrystalAutoencoder(nn.Module):
         if errors := config.get("estimate_errors"):
             model.estimate_errors = EstimateErrors(**errors)
         if flow := config.get("flow"):
-            model.flow = LatentFlow(model.model.latent_size, flow["width"], flow["depth"])
+            model.flow = LatentFlow.from_config(model.model.latent_size, model.elements, flow)
         return model
 
 

@@ -1,4 +1,4 @@
-"""A small flow that carries noise to latents as the training crystals have them: what samples are drawn from.
+"""What samples are drawn from: a composition first, then a latent of such a crystal, by a flow from noise.
 
 Flow matching on straight lines (Lipman et al. 2023, Liu et al. 2023): a network learns the velocity from points of N(0, I)
 to latents. Neither N(0, I) nor one Gaussian fitted to the latents is near where these lie: see data/models/README.md.
@@ -6,55 +6,83 @@ to latents. Neither N(0, I) nor one Gaussian fitted to the latents is near where
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from copy import deepcopy
+from collections.abc import Callable, Sequence
 from math import log, pi
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, silu
+from torch.nn.functional import dropout, layer_norm, silu
+
+from dist_train.models.compositions import USUAL_ATOMS, CompositionModel
+from dist_train.models.fitting import Fit, split
+from dist_train.models.vae import Latent
 
 N_TIME, FASTEST = 64, 100.0
 """Sines and cosines of the time that the network is told; the fastest makes so many half turns."""
 STEPS = 50
 """Of Heun's method from noise to latents, with two evaluations each."""
-HELD_OUT, CHECKED = 10, 2048
-"""Every tenth latent chooses when to stop and is not fitted; the error is a mean over so many latents and noises."""
-BATCH, LEARNING_RATE, AVERAGED, CHECKS = 512, 1e-3, 0.005, 20
+CHECKED = 2048
+"""The error is a mean over so many latents and noises."""
+BATCH, LEARNING_RATE, WEIGHT_DECAY, DROPOUT = 512, 1e-3, 0.01, 0.1
 
 
 class LatentFlow(nn.Module):
-    """Velocity [B, size] at points [B, size] and times [B], or one for all [1], from 0 (noise) to 1 (latent)."""
+    """Velocity [B, size] at points [B, size] and times [B], or one for all [1], from 0 (noise) to 1 (latent).
 
-    def __init__(self, size: int, width: int, depth: int) -> None:
+    compositions: of what the crystals are made, told to the flow; without, as in bundles of old, it is told nothing.
+    """
+
+    def __init__(self, size: int, width: int, depth: int, compositions: CompositionModel | None = None) -> None:
         super().__init__()
-        self.size, self.width, self.depth = size, width, depth
+        self.size, self.width, self.depth, self.compositions = size, width, depth, compositions
         self.time = nn.Sequential(nn.Linear(N_TIME, 2 * N_TIME), nn.SiLU())
         self.first = nn.Linear(size, width)
+        if compositions:
+            n_told = 2 * len(compositions.order) + 1
+            self.atoms = nn.Sequential(nn.Linear(n_told, 4 * N_TIME), nn.SiLU(), nn.Linear(4 * N_TIME, 2 * N_TIME))
+            self.of_atoms = nn.Linear(2 * N_TIME, width)
         self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
         self.last = nn.Linear(width, size)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
-    def forward(self, x_BL: Tensor, time_B: Tensor) -> Tensor:
+    def forward(self, x_BL: Tensor, time_B: Tensor, atoms_BE: Tensor | None = None) -> Tensor:
+        """atoms_BE: of each element, where there are `compositions`."""
         turns = pi * torch.exp(torch.linspace(0, log(FASTEST), N_TIME // 2, device=x_BL.device))
         waves = time_B[:, None] * turns
-        time = self.time(torch.cat([waves.sin(), waves.cos()], dim=1))
+        told = self.time(torch.cat([waves.sin(), waves.cos()], dim=1))
         h = self.first(x_BL)
+        if atoms_BE is not None:
+            total = atoms_BE.sum(1, keepdim=True)
+            atoms = self.atoms(torch.cat([atoms_BE / USUAL_ATOMS, atoms_BE / total, total / (2 * USUAL_ATOMS)], dim=1))
+            told, h = told + atoms, h + self.of_atoms(atoms)
         for block in self.blocks:
-            h = block(h, time)
+            h = block(h, told)
         velocity: Tensor = self.last(layer_norm(h, h.shape[1:]))
         return velocity
 
     @torch.inference_mode()
-    def carry(self, noise_BL: Tensor) -> Tensor:
-        """Points of N(0, I) to latents, by Heun's method."""
+    def carry(self, noise_BL: Tensor, atoms_BE: Tensor | None = None) -> Tensor:
+        """Points of N(0, I) to latents of crystals made of such atoms, by Heun's method."""
         x, step = noise_BL, 1.0 / STEPS
         for i in range(STEPS):
             time = x.new_full((1,), i * step)
-            velocity = self(x, time)
-            x = x + 0.5 * step * (velocity + self(x + step * velocity, time + step))
+            velocity = self(x, time, atoms_BE)
+            x = x + 0.5 * step * (velocity + self(x + step * velocity, time + step, atoms_BE))
         return x
+
+    def config(self) -> dict[str, Any]:
+        """Everything but the weights and the model's elements, ready for JSON."""
+        known = self.compositions
+        told = {"compositions": {"most_elements": known.most_elements, "most_atoms": known.most_atoms}} if known else {}
+        return {"width": self.width, "depth": self.depth, **told}
+
+    @classmethod
+    def from_config(cls, size: int, elements: Sequence[int], config: dict[str, Any]) -> LatentFlow:
+        """Inverse of `config`, with fresh weights."""
+        told = config.get("compositions")
+        return cls(size, config["width"], config["depth"], CompositionModel(elements, **told) if told else None)
 
 
 class _Block(nn.Module):
@@ -69,60 +97,53 @@ class _Block(nn.Module):
 
     def forward(self, h: Tensor, time: Tensor) -> Tensor:
         scale, shift = self.time(time).chunk(2, dim=1)
-        found: Tensor = h + self.out(silu(self.wide(layer_norm(h, h.shape[1:]) * (1 + scale) + shift)))
+        wide = silu(self.wide(layer_norm(h, h.shape[1:]) * (1 + scale) + shift))
+        found: Tensor = h + self.out(dropout(wide, DROPOUT, self.training))
         return found
 
 
+class Pairs(NamedTuple):
+    """What a flow is fitted to: posteriors in the flow's units, and what the crystals are made of [N, E]."""
+
+    latent: Latent
+    atoms_NE: Tensor
+
+
 def fit_flow(
-    latents_NL: Tensor, width: int, depth: int, steps: int, seed: int, progress: Callable[[float], None] = lambda error: None
-) -> LatentFlow:
+    pairs: Pairs, compositions: CompositionModel | None, width: int, depth: int, steps: int, seed: int,
+    progress: Callable[[float], None] = lambda error: None,
+) -> LatentFlow:  # fmt: skip
     """The flow to latents whose mean square is about 1; not whitened: the small ones would count as much as the large ones.
 
-    Of `CHECKS` averages of the weights it is the one with the smallest error on latents that were held out: from few
-    crystals, a flow learns all by heart in the end. progress(error): one more step is done; the latest such error.
+    To draws from the posteriors, which are what the decoder learnt to read. progress(error): one more step is done; the
+    latest error, see `Fit.run`. compositions: those of the crystals, or None for a flow that isn't told of them.
     """
+    mean_NL, spread_NL = pairs.latent.mean, (0.5 * pairs.latent.log_variance).exp()
     generator = torch.Generator().manual_seed(seed)
+    held, fitted = split(len(mean_NL), generator)
 
-    def normal(n: int) -> Tensor:
-        return torch.randn(n, latents_NL.shape[1], generator=generator).to(latents_NL)
+    def drawn(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Latents, noises, times, atoms."""
+        noise, start = (torch.randn(len(rows), mean_NL.shape[1], generator=generator).to(mean_NL) for _ in range(2))
+        time = torch.rand(len(rows), generator=generator).to(mean_NL)
+        return mean_NL[rows] + spread_NL[rows] * noise, start, time, pairs.atoms_NE[rows] if compositions else None
 
-    def times(n: int) -> Tensor:
-        return torch.rand(n, generator=generator).to(latents_NL)
-
-    order = torch.randperm(len(latents_NL), generator=generator)
-    n_held = len(order) // HELD_OUT
-    held, fitted = latents_NL[order[:n_held]], latents_NL[order[n_held:]]
-    if not n_held:
-        held = fitted
-    held = held.repeat(-(-CHECKED // len(held)), 1)[:CHECKED]
-    check = held, normal(len(held)), times(len(held))
+    check = drawn(held.repeat(-(-CHECKED // len(held)))[:CHECKED])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        flow = LatentFlow(latents_NL.shape[1], width, depth).to(latents_NL)
-    average, best, least = deepcopy(flow), flow, float("inf")
-    optimiser = torch.optim.AdamW(flow.parameters(), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LEARNING_RATE, total_steps=steps + 1, pct_start=0.05)
-    for step in range(1, steps + 1):
-        batch = fitted[torch.randint(len(fitted), (BATCH,), generator=generator)]
-        loss = _error(flow, batch, normal(BATCH), times(BATCH))
-        optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
-        schedule.step()
-        for mean, weight in zip(average.parameters(), flow.parameters(), strict=True):
-            mean.data.lerp_(weight.data, max(AVERAGED, 1 / step))
-        if step % max(steps // CHECKS, 1) == 0:
-            with torch.inference_mode():
-                error = float(_error(average, *check))
-            if error < least:
-                best, least = deepcopy(average), error
-        progress(least)
-    return best
+        flow = LatentFlow(mean_NL.shape[1], width, depth, compositions).to(mean_NL.device)
+
+        def loss() -> Tensor:
+            return _error(flow, *drawn(fitted[torch.randint(len(fitted), (BATCH,), generator=generator)]))
+
+        return Fit(LEARNING_RATE, WEIGHT_DECAY, steps).run(
+            flow, loss, lambda average: float(_error(average, *check)), progress
+        )
 
 
-def _error(flow: LatentFlow, latent_BL: Tensor, noise_BL: Tensor, time_B: Tensor) -> Tensor:
+def _error(flow: LatentFlow, latent_BL: Tensor, noise_BL: Tensor, time_B: Tensor, atoms_BE: Tensor | None) -> Tensor:
     """Mean squared error of the velocity. In bfloat16, which is three times as fast on CPUs that have it."""
     with torch.autocast(latent_BL.device.type, torch.bfloat16):
-        velocity = flow(torch.lerp(noise_BL, latent_BL, time_B[:, None]), time_B)
+        velocity = flow(torch.lerp(noise_BL, latent_BL, time_B[:, None]), time_B, atoms_BE)
     error: Tensor = (velocity.float() - (latent_BL - noise_BL)).square().mean()
     return error

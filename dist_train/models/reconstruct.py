@@ -49,6 +49,8 @@ class Fields:
 
 BATCH = 32
 """Crystals that the networks decode at a time."""
+KNOWN_ERROR = 0.1
+"""Of known numbers of atoms, as a decoder is told: it overrules all votes but leaves the choice of the site to them."""
 ROWS, SMALL = 16, 4096
 """What their number is a multiple of, the last one repeated, where a grid has at most so many voxels: torch takes other ways
 for fewer, which round otherwise, and a crystal would hang on how many are decoded with it."""
@@ -168,18 +170,27 @@ class Codec:
         """A decoded crystal, or the reason that there is none, for each latent."""
         return [decode_frame(item, self.model.grid, self.channel) for item in self.decodable(latent_BL, ids)]
 
-    def decodable(self, latent_BL: Tensor, ids: Sequence[str]) -> list[decoding.Fields | str]:
+    def decodable(
+        self, latent_BL: Tensor, ids: Sequence[str], atoms_BE: Tensor | None = None
+    ) -> list[decoding.Fields | str]:
         """What `decode_frame` makes a crystal of, without the networks; the reason where a latent is of no cell.
 
-        Crystals of one shape are decoded together.
+        Crystals of one shape are decoded together. atoms_BE: what they are made of, where that is known.
         """
         shapes = self.shapes(latent_BL)
         possible = [place for place, shape in enumerate(shapes) if not isinstance(shape, str)]
         fields = iter(self.fields(latent_BL[possible], [shape for shape in shapes if not isinstance(shape, str)]))
-        return [
-            shape if isinstance(shape, str) else self._images(id, next(fields))
-            for id, shape in zip(ids, shapes, strict=True)
-        ]
+        found = [shape if isinstance(shape, str) else self._images(id, next(fields)) for id, shape in zip(ids, shapes)]
+        if atoms_BE is None:
+            return found
+        known = [self._known(atoms_E.cpu()) for atoms_E in atoms_BE]
+        return [item if isinstance(item, str) else (*item[:-1], told) for item, told in zip(found, known, strict=True)]
+
+    def _known(self, atoms_E: Tensor) -> Estimate:
+        """An estimate that is sure of the atoms of each element."""
+        composition_Z = np.full(MAX_Z + 1, -np.inf, np.float32)
+        composition_Z[list(self.model.elements)] = atoms_E.numpy()
+        return Estimate(float(atoms_E.sum()), composition_Z, KNOWN_ERROR, KNOWN_ERROR)
 
     def _images(self, id: str, fields: Fields) -> decoding.Fields:
         cell = self.model.grid.frame == "cell"
