@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import chain
+from itertools import chain, repeat
 from math import pi
 from typing import NamedTuple, TypeVar
 
@@ -94,23 +94,21 @@ class Draws(NamedTuple):
 def draw(codec: Codec, n: int, seed: int, workers: int = 1) -> Draws:
     """What was fitted to the training crystals' latents, the bundle's flow or else a Gaussian. Same seed, same draws."""
     model, generator = codec.model, torch.Generator().manual_seed(seed % 2**63)
-    noise, atoms = torch.randn(n, model.model.latent_size, generator=generator), None
+    noise = torch.split(filled(torch.randn(n, model.model.latent_size, generator=generator)).to(codec.device), FLOWED)
+    atoms: list[Tensor] = []
     if model.flow and (known := model.flow.compositions):
         of_atoms = torch.Generator().manual_seed((seed + 1) % 2**63)
-        uniform = torch.rand(n, known.most_elements + 1, 2, generator=of_atoms)
-        parts = torch.split(filled(uniform).to(codec.device), FLOWED)
-        atoms = torch.cat(list(_by_networks(codec, known.draw, parts, workers)))
+        uniform = filled(torch.rand(n, known.most_elements + 1, 2, generator=of_atoms)).to(codec.device)
+        atoms = list(_by_networks(codec, known.draw, torch.split(uniform, FLOWED), workers))
 
-    def carried(rows: slice) -> Tensor:
-        part = filled_noise[rows]
+    def carried(part: tuple[Tensor, Tensor | None]) -> Tensor:
         if model.flow is None:
-            return part @ model.prior_cholesky.float().T
-        return model.latent_scale * model.flow.carry(part, None if atoms is None else atoms[rows])
+            return part[0] @ model.prior_cholesky.float().T
+        return model.latent_scale * model.flow.carry(*part)
 
-    filled_noise = filled(noise).to(codec.device)
-    batches = (slice(start, start + FLOWED) for start in range(0, len(filled_noise), FLOWED))
-    drawn = torch.cat(list(_by_networks(codec, carried, batches, workers)))[:n]
-    return Draws((model.prior_mean.float() + drawn).cpu(), None if atoms is None else atoms[:n].cpu())
+    found = list(_by_networks(codec, carried, zip(noise, atoms or repeat(None)), workers))
+    latents = (model.prior_mean.float() + torch.cat(found)[:n]).cpu()
+    return Draws(latents, torch.cat(atoms)[:n].cpu() if atoms else None)
 
 
 def sample_latents(
@@ -121,11 +119,13 @@ def sample_latents(
     A prior that draws atoms first is taken at its word: the decoder is told of them, and the latent is that of the crystal
     it makes; the latent drawn where there is none. progress(n): n more are done.
     """
-    drawn = draw(codec, n, seed, workers)
-    if drawn.atoms_NE is None:
+    latent_NL, atoms_NE = draw(codec, n, seed, workers)
+    if atoms_NE is None:
         progress(n)
-        return drawn.latent_NL
-    return torch.stack([row.again_L for row in returned(codec, *drawn, workers, progress)])
+        return latent_NL
+    for place, row in enumerate(returned(codec, latent_NL.clone(), atoms_NE, workers, progress)):
+        latent_NL[place] = row.again_L
+    return latent_NL
 
 
 class Returned(NamedTuple):

@@ -156,10 +156,10 @@ def test_the_nodes_are_gone_when_the_tests_are_killed(tmp_path: Path) -> None:
     if reason := missing():
         pytest.skip(reason)
     script = (
-        "import sys, pathlib, two_hosts\n"
+        "import pathlib, signal, sys, two_hosts\n"
         "with two_hosts.two_hosts(pathlib.Path(sys.argv[1])) as hosts:\n"
         "    print(*(p.pid for p in hosts.processes()), flush=True)\n"
-        "    sys.stdin.read()\n"
+        "    signal.pause()\n"  # not at the end of a standard input: there may be none from the start
     )
     with started([sys.executable, "-c", script, str(tmp_path)], PYTHONPATH=str(Path(__file__).parent)) as process:
         assert process.stdout

@@ -79,10 +79,10 @@ def test_a_flow_makes_the_latents_of_the_atoms_that_it_is_told_of() -> None:
     atoms = torch.tensor([[1.0, 2.0], [4.0, 0.0]]).repeat(300, 1)
     side = torch.tensor([1.0, -1.0]).repeat(300)[:, None]
     latents = side * torch.tensor([1.4, 0.2, 0.0]) + 0.05 * torch.randn(600, 3, generator=torch.Generator().manual_seed(0))
-    flow = fit_flow(exact(latents, atoms), fit_compositions(atoms, [3, 8], 50, seed=0), 32, 1, 400, seed=0)
+    flow = fit_flow(exact(latents, atoms), fit_compositions(atoms, [3, 8], 50, seed=0), 32, 1, 800, seed=0)
     noise = torch.randn(600, 3, generator=torch.Generator().manual_seed(1))
     found = flow.carry(noise, atoms)
     assert (found[:, 0] * side[:, 0] > 0).float().mean() > 0.98
-    again = LatentFlow.from_config(3, [3, 8], flow.config())
+    again = LatentFlow.from_config(3, [3, 8], flow.config()).eval()
     again.load_state_dict(flow.state_dict())
     assert torch.equal(again.carry(noise, atoms), found)
