@@ -21,7 +21,7 @@ from dist_train.crystal.frames import representable
 from dist_train.crystal.parquet import read_parquet_rows, write_parquet
 from dist_train.crystal.structure import Crystal
 from dist_train.errors import DataError
-from dist_train.generate import DECODED, encode, sample_latents
+from dist_train.generate import DECODED, draw, encode, samples
 from dist_train.generated import Finish, finished, result_of
 from dist_train.models.export import SUMS_NAME
 from dist_train.models.reconstruct import Codec
@@ -83,16 +83,17 @@ def _one_by_one(codec: Codec, task: str, inputs: list[str], n: int, out: Path) -
         found, seconds[name] = _timed(work)
         return found
 
-    spec = codec.model.grid
+    spec, ids = codec.model.grid, [f"crystal-{i:05d}" for i in range(n)]
     if task == "sample":
-        latents = stage("latents drawn", lambda: sample_latents(codec, n, 0))
+        stage("atoms and latents drawn", lambda: draw(codec, n, 0))
+        decoded = [item.decoded for item in stage("samples decoded, encoded, decoded", lambda: samples(codec, ids, 0))]
+        seconds["samples decoded, encoded, decoded"] -= seconds["atoms and latents drawn"]
     else:
         crystals = stage("reading", lambda: [representable(crystal, spec) for crystal in read_crystals(inputs, spec)])
-        latents = stage("encoding", lambda: encode(codec, crystals))
-    ids = [f"crystal-{i:05d}" for i in range(len(latents))]
-    parts = [slice(start, start + DECODED) for start in range(0, len(ids), DECODED)]
-    fields = stage("networks", lambda: [item for part in parts for item in codec.decodable(latents[part], ids[part])])
-    decoded = stage("decoding to atoms", lambda: [decode_frame(item, spec, codec.channel) for item in fields])
+        latents, ids = stage("encoding", lambda: encode(codec, crystals)), ids[: len(crystals)]
+        parts = [slice(start, start + DECODED) for start in range(0, len(ids), DECODED)]
+        fields = stage("networks", lambda: [item for part in parts for item in codec.decodable(latents[part], ids[part])])
+        decoded = stage("decoding to atoms", lambda: [decode_frame(item, spec, codec.channel) for item in fields])
     results = [result_of(id, item) for id, item in zip(ids, decoded, strict=True)]
     stage("symmetry and CIF texts with it", lambda: finished(results, Finish(), Stages(len(ids) + 1)))
     texts = stage("CIF texts", lambda: [write_cif(item.crystal) for item in decoded if item.crystal is not None])

@@ -75,6 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_launch(verbs)
     _add_register(verbs)
     _add_release(verbs)
+    _add_fit_prior(verbs)
     _add_fit_properties(verbs)
     _add_evaluate(verbs)
     _add_generate(verbs)
@@ -468,6 +469,38 @@ def _evaluate(options: argparse.Namespace) -> str:
     if record:
         told.append(record.write(f"evaluate {metrics['data']['source']}", metrics, options.out, FILES))
     return "\n".join(told)
+
+
+def _add_fit_prior(verbs: Verbs) -> None:
+    parser = _verb(
+        verbs, "fit-prior", "fit what samples are drawn from anew, to crystals of your choice",
+        "Training does it at its end, for its own crystals. Fitted to others, such as those of one family, the networks "
+        "make samples like these; the bundle counts them among its training crystals from then on.",
+    )  # fmt: skip
+    _model_options(parser)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--shards", help="folder of shards, or its fsspec URL")
+    source.add_argument(
+        "--data", nargs="+", default=[], metavar="INPUT", help="CIF files, folders, archives, Parquet tables"
+    )
+    _cache_option(parser)
+    parser.add_argument("--split", help="split of the shards; without it, train")
+    parser.add_argument("--out", type=Path, required=True, help="bundle to write; may be that of --model")
+    for name, what in (("width", "of the flow's layers"), ("depth", "blocks of the flow"), ("steps", "of the training")):
+        parser.add_argument(f"--{name}", type=_positive, help=f"{what}; without it, as the model's run had it")
+    parser.add_argument(
+        "--temperature", type=_positive_float,
+        help="of the compositions drawn: 1, as they occur; below, likely ones more often",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=_count, default=0, help="same seed, same bytes")
+    parser.add_argument("--workers", type=_count, default=os.cpu_count() or 1, help="processes that read and encode")
+    parser.set_defaults(run=_fit_prior)
+
+
+def _fit_prior(options: argparse.Namespace) -> str:
+    from dist_train.commands.prior import FitPriorOptions, fit
+
+    return fit(FitPriorOptions(**_given(options)))
 
 
 def _add_fit_properties(verbs: Verbs) -> None:

@@ -483,6 +483,8 @@ class PriorConfig(Section):
     """Blocks of the flow."""
     steps: Count = 2000
     """Of the training of each, the flow's on batches of 512 latents: about three minutes on one CPU core."""
+    temperature: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Of the compositions drawn: 1 as often as they were learnt to occur; below, likely ones more often."""
 
 
 class RunConfig(Section):

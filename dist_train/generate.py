@@ -27,6 +27,9 @@ R = TypeVar("R")
 
 ENCODED, DECODED, FLOWED = 32, 128, 256
 """Crystals that the encoder, the decoder and the flow are given at a time. Of adaptive grids few have the same shape."""
+ATTEMPTS, ANEW = 6, 1_000_003
+"""Of a sample to be made of the atoms that were drawn for it, and how far apart the seeds of these attempts are. Of a seed,
+torch takes the last 32 bits."""
 
 
 def encode(
@@ -91,14 +94,22 @@ class Draws(NamedTuple):
     atoms_NE: Tensor | None
 
 
-def draw(codec: Codec, n: int, seed: int, workers: int = 1) -> Draws:
-    """What was fitted to the training crystals' latents, the bundle's flow or else a Gaussian. Same seed, same draws."""
-    model, generator = codec.model, torch.Generator().manual_seed(seed % 2**63)
-    noise = torch.split(filled(torch.randn(n, model.model.latent_size, generator=generator)).to(codec.device), FLOWED)
+def draw(
+    codec: Codec, n: int, seed: int, workers: int = 1, attempt: int = 0, places: Sequence[int] | None = None
+) -> Draws:  # fmt: skip
+    """What was fitted to the training crystals' latents, the bundle's flow or else a Gaussian. Same seed, same draws.
+
+    attempt: others of the same seed; places: of these draws alone, of n.
+    """
+    model, seed = codec.model, seed + attempt * ANEW
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    chosen = torch.tensor(range(n) if places is None else places, dtype=torch.int64)
+    normal = torch.randn(n, model.model.latent_size, generator=generator)[chosen]
+    noise = torch.split(filled(normal).to(codec.device), FLOWED)
     atoms: list[Tensor] = []
     if model.flow and (known := model.flow.compositions):
         of_atoms = torch.Generator().manual_seed((seed + 1) % 2**63)
-        uniform = filled(torch.rand(n, known.most_elements + 1, 2, generator=of_atoms)).to(codec.device)
+        uniform = filled(torch.rand(n, known.most_elements + 1, 2, generator=of_atoms)[chosen]).to(codec.device)
         atoms = list(_by_networks(codec, known.draw, torch.split(uniform, FLOWED), workers))
 
     def carried(part: tuple[Tensor, Tensor | None]) -> Tensor:
@@ -107,25 +118,54 @@ def draw(codec: Codec, n: int, seed: int, workers: int = 1) -> Draws:
         return model.latent_scale * model.flow.carry(*part)
 
     found = list(_by_networks(codec, carried, zip(noise, atoms or repeat(None)), workers))
-    latents = (model.prior_mean.float() + torch.cat(found)[:n]).cpu()
-    return Draws(latents, torch.cat(atoms)[:n].cpu() if atoms else None)
+    latents = (model.prior_mean.float() + torch.cat(found)[: len(chosen)]).cpu()
+    return Draws(latents, torch.cat(atoms)[: len(chosen)].cpu() if atoms else None)
 
 
-def sample_latents(
-    codec: Codec, n: int, seed: int, workers: int = 1, progress: Callable[[int], None] = lambda n: None
-) -> Tensor:
-    """[n, latent] of samples; same seed, same samples, however many.
+class Sample(NamedTuple):
+    """latent_L and the crystal that it decodes to."""
 
-    A prior that draws atoms first is taken at its word: the decoder is told of them, and the latent is that of the crystal
-    it makes; the latent drawn where there is none. progress(n): n more are done.
+    latent_L: Tensor
+    decoded: Decoded
+
+
+def samples(
+    codec: Codec, ids: Sequence[str], seed: int, workers: int = 1, progress: Callable[[int], None] = lambda n: None
+) -> list[Sample]:
+    """A sample for each id; same seed, same samples, however many.
+
+    A prior that draws atoms first is taken at its word: the decoder is told of them, and the sample is the latent of the
+    crystal it makes. Where that one decodes to other atoms, another is drawn, `ATTEMPTS` times at most: then the last one
+    stays. progress(n): n more are done.
     """
-    latent_NL, atoms_NE = draw(codec, n, seed, workers)
-    if atoms_NE is None:
-        progress(n)
-        return latent_NL
-    for place, row in enumerate(returned(codec, latent_NL.clone(), atoms_NE, workers, progress)):
-        latent_NL[place] = row.again_L
-    return latent_NL
+    found, waiting = dict[int, Sample](), list(range(len(ids)))
+    for attempt in range(ATTEMPTS):
+        latent_NL, atoms_NE = draw(codec, len(ids), seed, workers, attempt, waiting)
+        if atoms_NE is not None:
+            for row, drawn in enumerate(returned(codec, latent_NL, atoms_NE, workers)):
+                latent_NL[row] = drawn.again_L
+        decoded = list(decode(codec, latent_NL, [ids[place] for place in waiting], workers))
+        found.update(zip(waiting, map(Sample, latent_NL, decoded), strict=True))
+        again = [
+            place for place, item, atoms_E in zip(waiting, decoded, atoms_NE if atoms_NE is not None else ())
+            if not _made_of(codec, item, atoms_E)
+        ]  # fmt: skip
+        progress(len(waiting) - len(again))
+        if not (waiting := again):
+            break
+    progress(len(waiting))
+    return [found[place] for place in range(len(ids))]
+
+
+def _made_of(codec: Codec, decoded: Decoded, atoms_E: Tensor) -> bool:
+    composition = decoded.crystal.composition if decoded.crystal is not None else {}
+    return [composition.get(z, 0) for z in codec.model.elements] == atoms_E.tolist()
+
+
+def sample_latents(codec: Codec, n: int, seed: int, workers: int = 1) -> Tensor:
+    """[n, latent] of `samples`."""
+    found = samples(codec, [f"{place}" for place in range(n)], seed, workers)
+    return torch.stack([sample.latent_L for sample in found]) if found else torch.empty(0, codec.model.model.latent_size)
 
 
 class Returned(NamedTuple):
@@ -136,13 +176,10 @@ class Returned(NamedTuple):
     again_L: Tensor
 
 
-def returned(
-    codec: Codec, latent_NL: Tensor, atoms_NE: Tensor | None = None, workers: int = 1,
-    progress: Callable[[int], None] = lambda n: None,
-) -> list[Returned]:  # fmt: skip
+def returned(codec: Codec, latent_NL: Tensor, atoms_NE: Tensor | None = None, workers: int = 1) -> list[Returned]:
     """What latents decode to, encoded again; the latent itself where there is no crystal that the grid holds.
 
-    progress(n): n more are done. atoms_NE: see `decode`.
+    atoms_NE: see `decode`.
     """
     rows, held = [], {}
     decoded = decode(codec, latent_NL, [f"{place}" for place in range(len(latent_NL))], workers, atoms_NE)
@@ -153,8 +190,7 @@ def returned(
             except CrystalError as error:
                 item = Decoded(None, item.confidence_N, str(error))
         rows.append(Returned(latent_L, item, latent_L))
-    progress(len(rows) - len(held))
-    for place, again_L in zip(held, encode(codec, list(held.values()), progress, workers), strict=True):
+    for place, again_L in zip(held, encode(codec, list(held.values()), workers=workers), strict=True):
         rows[place] = rows[place]._replace(again_L=again_L.to(latent_NL))
     return rows
 

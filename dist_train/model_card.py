@@ -51,6 +51,7 @@ def model_card(name: str, config: dict[str, Any]) -> str:
             f"- latent of {_latent(sizes)}; VAE {sizes['vae_widths']}, U-Net of {sizes['unet_levels']} levels",
             f"- {about['step']} steps, objective {run['train']['objective']}, precision {run['train']['precision']}",
             *_ancestors(about),
+            *_prior(about.get("prior")),
             "",
             "## Last validation",
             "",
@@ -100,6 +101,11 @@ def _ancestors(about: dict[str, Any]) -> Iterator[str]:
     """A line for each model that this one, or the one before it, started from."""
     while about := about.get("started_from", {}):
         yield f"- started from a model of {about['step']} steps on data of digest `{about['data_digest']}`"
+
+
+def _prior(told: dict[str, Any] | None) -> list[str]:
+    """What samples are drawn from, where that isn't the training's own crystals' prior."""
+    return [f"- samples: fitted to {told['crystals']} crystals of {told['data']}"] if told else []
 
 
 def _latent(sizes: dict[str, Any]) -> str:

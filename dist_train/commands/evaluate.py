@@ -151,15 +151,16 @@ def _read(options: EvaluateOptions, max_atoms: int, stages: Stages) -> tuple[lis
     index = Index.read(options.shards, options.cache_dir) if options.shards else None
     refused: Refused = []
     if index:
-        crystals = _read_split(index, options.split or "test", options.limit, stages)
+        crystals = read_split(index, options.split or "test", options.limit, stages)
     else:
         crystals, refused = read_many(options.data, max_atoms, options.limit, options.workers, stages)
     if options.training:
         return crystals, read_many(options.training, max_atoms, None, options.workers, stages)[0], refused
-    return crystals, _read_split(index, "train", None, stages) if index else [], refused
+    return crystals, read_split(index, "train", None, stages) if index else [], refused
 
 
-def _read_split(index: Index, split: str, limit: int | None, stages: Stages) -> list[Crystal]:
+def read_split(index: Index, split: str, limit: int | None, stages: Stages) -> list[Crystal]:
+    """The first `limit` crystals of a split."""
     reader = ShardReader(index, split)
     count = min(len(reader), limit or len(reader))
     with stages.stage("read", count) as bar:

@@ -40,7 +40,7 @@ from dist_train.crystal.structure import Crystal
 from dist_train.densities import generated_densities
 from dist_train.errors import ConfigError, CrystalError, DataError, ModelError
 from dist_train.files import STAGE_NAME, check_writable, sha256, staged, write_text
-from dist_train.generate import altered_latents, decode, encode, interpolate_latents, sample_latents
+from dist_train.generate import altered_latents, decode, encode, interpolate_latents, samples
 from dist_train.generate_report import MAX_SHOWN, Output, write_generation_report
 from dist_train.generated import COLUMNS, RELAX_STEPS, Finish, Result, counts, finished, processes, result_of, write_files
 from dist_train.models.export import SUMS_NAME, read_bundle, read_properties, training_digests
@@ -139,7 +139,7 @@ class Generation:
 class _Asked:
     """A crystal to make of a latent, or the reason that there is none; see `Result` for the known crystals.
 
-    before_L: latent of the known crystal, where it was moved.
+    before_L: latent of the known crystal, where it was moved. decoded: what the latent decodes to, where that is known.
     """
 
     id: str
@@ -147,6 +147,7 @@ class _Asked:
     original: Crystal | None = None
     given: Crystal | None = None
     before_L: Tensor | None = None
+    decoded: Decoded | None = None
 
 
 class _Model(NamedTuple):
@@ -344,10 +345,11 @@ def _sample(options: GenerateOptions, model: _Model, stages: Stages) -> Iterator
     if options.composition or options.elements:
         yield from _search(options, model, stages)
         return
+    ids = [f"sample-{options.seed}-{place:05d}" for place in range(options.n)]
     with stages.stage("sample", options.n) as bar:
-        latent_NL = sample_latents(model.codec, options.n, options.seed, options.workers, bar.update)
-    for place, latent in enumerate(latent_NL):
-        yield _Asked(f"sample-{options.seed}-{place:05d}", latent)
+        found = samples(model.codec, ids, options.seed, processes(options.workers, options.n), bar.update)
+    for id, sample in zip(ids, found, strict=True):
+        yield _Asked(id, sample.latent_L, decoded=sample.decoded)
 
 
 def _search(options: GenerateOptions, model: _Model, stages: Stages) -> Iterator[_Asked]:
@@ -433,14 +435,16 @@ def _encoded(codec: Codec, crystals: Sequence[Crystal], stages: Stages, workers:
 
 
 def _decoded(codec: Codec, asked: Sequence[_Asked], workers: int, stages: Stages) -> list[Result]:
-    there = [item.latent_L for item in asked if isinstance(item.latent_L, Tensor)]
-    ids = [item.id for item in asked if isinstance(item.latent_L, Tensor)]
-    with stages.stage("decode", len(ids)) as bar:
-        found = iter(list(bar.over(decode(codec, torch.stack(there), ids, processes(workers, len(ids))))) if there else [])
+    there = [(item.id, item.latent_L) for item in asked if isinstance(item.latent_L, Tensor) and item.decoded is None]
+    found: Iterator[Decoded] = iter(())
+    if there:
+        ids, latents = zip(*there, strict=True)
+        with stages.stage("decode", len(ids)) as bar:
+            found = iter(list(bar.over(decode(codec, torch.stack(latents), ids, processes(workers, len(ids))))))
     results = []
     for item in asked:
         latent = item.latent_L
-        decoded = Decoded(None, np.zeros(0), latent) if isinstance(latent, str) else next(found)
+        decoded = Decoded(None, np.zeros(0), latent) if isinstance(latent, str) else item.decoded or next(found)
         results.append(result_of(item.id, decoded, item.original, item.given))
     return results
 

@@ -12,7 +12,6 @@ import subprocess
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from math import log as ln
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from dist_train import __version__
+from dist_train.commands.prior import fit_prior
 from dist_train.commands.registry import register
 from dist_train.config import RunConfig, load_config
 from dist_train.crystal.digest import DIGEST_VERSION, digest
@@ -28,15 +28,11 @@ from dist_train.crystal.structure import Crystal
 from dist_train.errors import CheckpointError, ConfigError, Interrupted, OutOfMemory
 from dist_train.figures import loss_curves, slices
 from dist_train.files import write_text
-from dist_train.generate import posterior
 from dist_train.model_card import environment
 from dist_train.models.autoencoder import CrystalAutoencoder, Statistics, cell_numbers, check_grid, composition_vector
-from dist_train.models.compositions import fit_compositions
 from dist_train.models.export import Ancestor, check_place, start_from, write_bundle
-from dist_train.models.flow import Pairs, fit_flow
 from dist_train.models.reconstruct import Codec, calibrate
-from dist_train.models.vae import Latent
-from dist_train.progress import Progress
+from dist_train.progress import Progress, Stages
 from dist_train.ranks import place
 from dist_train.shards.index import Index
 from dist_train.shards.prefetch import check_room, fetched
@@ -356,7 +352,9 @@ def _finish(
     with Progress("digests", n_known, "crystals") as bar:
         known = whole(lambda place: _known(reader.crystal(place)), bar.over(fetched(reader, n_known)))
     digests = [digest for digest, _ in known]
-    _fit_prior(codec, reader, config, np.stack([composition for _, composition in known]))
+    crystals = whole(reader.crystal, fetched(reader, min(len(reader), PRIOR_SAMPLES)))
+    atoms_NZ = np.stack([composition for _, composition in known])
+    fit_prior(codec, crystals, atoms_NZ, config.prior, config.seed, torch.get_num_threads(), Stages())
     about = {
         "step": state.step,
         "data_digest": index.digest,
@@ -371,14 +369,14 @@ def _finish(
     unique = np.unique(np.array(digests, np.uint64))
     about, listed = ancestor.inherit(about, unique) if ancestor else (about, unique)
     bundle = write_bundle(config.run_dir / "bundle", model, model.state_dict(), about, listed)
-    crystals = [val.crystal(place) for place in range(min(SHOWN, len(val)))]
+    shown = [val.crystal(place) for place in range(min(SHOWN, len(val)))]
     for name, png in (
-        ("slices.png", slices(codec, crystals)),
+        ("slices.png", slices(codec, shown)),
         ("loss_curves.png", loss_curves(config.run_dir / "metrics.jsonl")),
     ):
         (config.run_dir / "figures").mkdir(exist_ok=True)
         (config.run_dir / "figures" / name).write_bytes(png)
-    write_training_report(config.run_dir, config.run_dir / REPORT, codec, crystals)
+    write_training_report(config.run_dir, config.run_dir / REPORT, codec, shown)
     return f"{state.step} steps done, {state.skipped} skipped; model bundle: {bundle}"
 
 
@@ -396,32 +394,3 @@ def _last_validation(spool: Path) -> dict[str, float]:
 def _known(crystal: Crystal) -> tuple[int, NDArray[np.float32]]:
     """Its digest, and atoms by atomic number."""
     return digest(crystal), composition_vector(crystal)
-
-
-def _fit_prior(codec: Codec, reader: ShardReader, config: RunConfig, atoms_NZ: NDArray[np.float32]) -> None:
-    """Fit what samples are drawn from to the compositions of training crystals and to the latents of some of them."""
-    model, prior = codec.model, config.prior
-    crystals = whole(reader.crystal, fetched(reader, min(len(reader), PRIOR_SAMPLES)))
-    with Progress("encode", len(crystals), "crystals") as bar:
-        found = posterior(codec, crystals, bar.update, torch.get_num_threads())
-    latents = found.mean.cpu().double()
-    centred = latents - latents.mean(0)
-    covariance = centred.T @ centred / max(len(latents) - 1, 1)
-    ridge = 1e-6 * covariance.diagonal().mean().clamp(min=1e-6) * torch.eye(len(covariance), dtype=torch.float64)
-    model.prior_mean.copy_(latents.mean(0))
-    model.prior_cholesky.copy_(torch.linalg.cholesky(covariance + ridge))
-    if prior.kind != "flow":
-        return
-    elements = list(model.elements)
-    atoms_NE = torch.from_numpy(np.concatenate([atoms_NZ, np.stack(list(map(composition_vector, crystals)))])[:, elements])
-    with Progress("compositions", prior.steps, "steps") as bar:
-        compositions = fit_compositions(
-            atoms_NE[: len(atoms_NZ)].to(codec.device), elements, prior.steps, config.seed,
-            lambda error: bar.update(error=f"{error:.2f}"),
-        )  # fmt: skip
-    scaled = Latent((centred / model.latent_scale).float().to(codec.device), found.log_variance - 2 * ln(model.latent_scale))
-    with Progress("prior", prior.steps, "steps") as bar:
-        model.flow = fit_flow(
-            Pairs(scaled, atoms_NE[len(atoms_NZ) :].to(codec.device)), compositions, prior.width, prior.depth, prior.steps,
-            config.seed, lambda error: bar.update(error=f"{error:.3f}"),
-        )  # fmt: skip

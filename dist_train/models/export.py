@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -66,16 +67,49 @@ def add_properties(
 
     told: what config.json says of them; files: others that are added or replaced, by their names.
     """
+    with _revised(folder, out) as copy:
+        save_file({name: value.contiguous() for name, value in heads.state_dict().items()}, copy / PROPERTIES_NAME)
+        _change(copy, {"properties": told}, files)
+    return out
+
+
+def replace_prior(
+    folder: Path, out: Path, model: CrystalAutoencoder, about: dict[str, Any], digests: NDArray[np.uint64] | None,
+    files: Mapping[str, bytes] = MappingProxyType({}),
+) -> Path:  # fmt: skip
+    """Write the bundle of `folder` with the prior of `model`, which was read from it, as `out`, maybe the same folder.
+
+    about, digests: in place of those there; files: others that are added or replaced, by their names. The weights keep
+    their precision. An `evaluation.json` is left out, as it tells of samples of the old prior.
+    """
+    with _revised(folder, out) as copy:
+        (dtype,) = {value.dtype for value in load_file(copy / WEIGHTS_NAME).values()}
+        weights = {name: value.to(dtype).contiguous() for name, value in model.state_dict().items()}
+        save_file(weights, copy / WEIGHTS_NAME)
+        if digests is not None:
+            np.save(copy / DIGESTS_NAME, digests, allow_pickle=False)
+        (copy / "evaluation.json").unlink(missing_ok=True)
+        _change(copy, {"about": about, **model.config()}, files)
+    return out
+
+
+@contextmanager
+def _revised(folder: Path, out: Path) -> Iterator[Path]:
+    """A copy of a bundle to work on, which takes the place of `out`, maybe the same folder, at the end of the block."""
     check_sums(folder)
     temporary = _temporary(out)
     shutil.copytree(folder, temporary)
     (temporary / SUMS_NAME).unlink()
-    save_file({name: value.contiguous() for name, value in heads.state_dict().items()}, temporary / PROPERTIES_NAME)
-    config = {**json.loads((temporary / CONFIG_NAME).read_text()), "properties": told}
-    (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n")
+    yield temporary
+    _put(temporary, out)
+
+
+def _change(copy: Path, config: dict[str, Any], files: Mapping[str, bytes]) -> None:
+    """Keys of the config of a bundle's copy, and files, by their names."""
+    changed = {**json.loads((copy / CONFIG_NAME).read_text()), **config}
+    (copy / CONFIG_NAME).write_text(json.dumps(changed, indent=1) + "\n")
     for name, content in files.items():
-        (temporary / name).write_bytes(content)
-    return _put(temporary, out)
+        (copy / name).write_bytes(content)
 
 
 def _temporary(folder: Path) -> Path:

@@ -75,7 +75,8 @@ class LatentFlow(nn.Module):
     def config(self) -> dict[str, Any]:
         """Everything but the weights and the model's elements, ready for JSON."""
         known = self.compositions
-        told = {"compositions": {"most_elements": known.most_elements, "most_atoms": known.most_atoms}} if known else {}
+        names = ("most_elements", "most_atoms", "temperature")
+        told = {"compositions": {name: getattr(known, name) for name in names}} if known else {}
         return {"width": self.width, "depth": self.depth, **told}
 
     @classmethod

@@ -59,6 +59,23 @@ def test_draws_are_as_frequent_as_they_were_and_as_the_model_says(model: Composi
         assert found == pytest.approx(share, abs=0.1)
 
 
+def test_crystals_have_as_many_atoms_as_those_that_were_learnt(model: CompositionModel, oxides: Tensor) -> None:
+    totals = torch.bincount(model.draw(uniform(3000, model)).sum(1).long(), minlength=5) / 3000
+    known = torch.bincount(oxides.sum(1).long(), minlength=5) / len(oxides)
+    assert totals[known == 0].sum() == 0
+    assert torch.allclose(totals, known, atol=0.03)
+
+
+def test_a_low_temperature_draws_likely_compositions_more_often(oxides: Tensor) -> None:
+    usual, cold = (fit_compositions(oxides, ELEMENTS, 300, seed=0, temperature=t) for t in (1.0, 0.2))
+    numbers = uniform(3000, usual)
+    oxide, sulfide = (
+        [float((model.draw(numbers) == oxides[place]).all(1).float().mean()) for model in (usual, cold)] for place in (0, 3)
+    )
+    assert oxide[1] > oxide[0] + 0.05  # of 3 atoms both, and the oxide is the likelier one
+    assert sulfide[1] < sulfide[0] - 0.05
+
+
 def test_a_draw_hangs_on_its_own_numbers_alone(model: CompositionModel) -> None:
     numbers = uniform(64, model)
     assert torch.equal(model.draw(numbers)[:7], model.draw(numbers[:7]))

@@ -1,0 +1,146 @@
+"""What samples are drawn from: fitted at the end of every training, and anew, to crystals of one's choice, by fit-prior."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import log as ln
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dist_train.commands.evaluate import read_split
+from dist_train.commands.models import bundle_folder, read_many
+from dist_train.config import PriorConfig
+from dist_train.crystal.case import Case, make_case
+from dist_train.crystal.digest import DIGEST_VERSION, digest
+from dist_train.crystal.parallel import parallel_map
+from dist_train.crystal.structure import Crystal
+from dist_train.errors import ConfigError, DataError
+from dist_train.generate import posterior
+from dist_train.model_card import model_card
+from dist_train.models.autoencoder import composition_vector
+from dist_train.models.compositions import fit_compositions
+from dist_train.models.export import check_place, read_bundle, replace_prior, training_digests
+from dist_train.models.flow import Pairs, fit_flow
+from dist_train.models.reconstruct import Codec
+from dist_train.models.vae import Latent
+from dist_train.progress import Stages
+from dist_train.shards.index import Index
+
+
+def fit_prior(
+    codec: Codec, crystals: Sequence[Crystal], atoms_NZ: NDArray[np.float32], settings: PriorConfig, seed: int, workers: int,
+    stages: Stages,
+) -> None:  # fmt: skip
+    """Fit the model's Gaussian and flow to the latents of crystals, and its compositions to `atoms_NZ` [N, MAX_Z + 1]."""
+    model = codec.model
+    with stages.stage("encode", len(crystals)) as bar:
+        found = posterior(codec, crystals, bar.update, workers)
+    latents = found.mean.cpu().double()
+    centred = latents - latents.mean(0)
+    covariance = centred.T @ centred / max(len(latents) - 1, 1)
+    ridge = 1e-6 * covariance.diagonal().mean().clamp(min=1e-6) * torch.eye(len(covariance), dtype=torch.float64)
+    model.prior_mean.copy_(latents.mean(0))
+    model.prior_cholesky.copy_(torch.linalg.cholesky(covariance + ridge))
+    model.flow = None
+    if settings.kind != "flow":
+        return
+    elements = list(model.elements)
+    atoms_NE, own_NE = (
+        torch.from_numpy(atoms[:, elements]).to(codec.device)
+        for atoms in (atoms_NZ, np.stack([composition_vector(crystal) for crystal in crystals]))
+    )
+    with stages.stage("compositions", settings.steps, "steps") as bar:
+        compositions = fit_compositions(
+            atoms_NE, elements, settings.steps, seed, lambda error: bar.update(error=f"{error:.2f}"), settings.temperature
+        )
+    scaled = Latent((centred / model.latent_scale).float().to(codec.device), found.log_variance - 2 * ln(model.latent_scale))
+    with stages.stage("prior", settings.steps, "steps") as bar:
+        model.flow = fit_flow(
+            Pairs(scaled, own_NE), compositions, settings.width, settings.depth, settings.steps, seed,
+            lambda error: bar.update(error=f"{error:.3f}"),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FitPriorOptions:
+    """What `dist-train fit-prior` was asked for; see its help. None: as the bundle's run had it."""
+
+    model: str
+    tracking_uri: str | None
+    shards: str | None
+    cache_dir: Path | None
+    split: str | None
+    data: Sequence[str]
+    out: Path
+    width: int | None
+    depth: int | None
+    steps: int | None
+    temperature: float | None
+    seed: int
+    workers: int
+
+
+def fit(options: FitPriorOptions) -> str:
+    """Fit what samples are drawn from to crystals and write the bundle with it; returns a summary.
+
+    The crystals count as training crystals from then on: samples can be copies of them. Raises ConfigError or DataError.
+    """
+    stages = Stages()
+    check_place(options.out)
+    if options.data and options.split:
+        raise ConfigError(f"--split {options.split} is of shards, and --data has none; leave it out")
+    with bundle_folder(options.model, options.tracking_uri) as folder:
+        network, config = read_bundle(folder)
+        listed = training_digests(folder)
+        codec, about = Codec(network), config["about"]
+        cases, refused = _cases(options, codec, stages)
+        known = {} if listed is None else dict.fromkeys(listed.tolist())
+        n_new = sum(known.keys().isdisjoint(case.digests) for case in cases)
+        settings = _settings(options, about["run"]["prior"])
+        crystals = [case.crystal for case in cases]
+        atoms_NZ = np.stack([composition_vector(crystal) for crystal in crystals])
+        fit_prior(codec, crystals, atoms_NZ, settings, options.seed, options.workers, stages)
+        told = {"data": _source(options), "crystals": len(crystals), "seed": options.seed}
+        about = {**about, "prior": told | settings.model_dump(mode="json")}
+        if listed is not None and n_new and about["training_digests"]["version"] == DIGEST_VERSION:
+            counts = about["training_digests"]
+            about["training_digests"] = counts | {name: counts[name] + n_new for name in ("samples", "of")}
+            listed = np.union1d(listed, np.array([digest(crystal) for crystal in crystals], np.uint64))
+        card = {"model_card.md": model_card(options.out.name, {**config, "about": about}).encode()}
+        replace_prior(folder, options.out, network, about, listed, card if (folder / "model_card.md").exists() else {})
+    lines = [f"fitted to {len(crystals)} crystals, {n_new} of which the model was not trained on"]
+    lines += [f"{refused} crystals were not taken: unreadable, or of no kind that the model takes"] if refused else []
+    return "\n".join([*lines, f"bundle: {options.out}"])
+
+
+def _settings(options: FitPriorOptions, before: dict[str, Any]) -> PriorConfig:
+    asked = {name: getattr(options, name) for name in ("width", "depth", "steps", "temperature")}
+    return PriorConfig.model_validate(before | {"kind": "flow"} | {k: v for k, v in asked.items() if v is not None})
+
+
+def _source(options: FitPriorOptions) -> str:
+    return " ".join(options.data) if options.data else f"{options.shards}, split {options.split or 'train'}"
+
+
+def _cases(options: FitPriorOptions, codec: Codec, stages: Stages) -> tuple[list[Case], int]:
+    """The crystals that the model takes, and how many others there are. Raises DataError where it takes none."""
+    spec, n_refused = codec.model.grid, 0
+    if options.shards:
+        crystals = read_split(Index.read(options.shards, options.cache_dir), options.split or "train", None, stages)
+    else:
+        crystals, refused = read_many(options.data, spec.max_atoms, None, options.workers, stages)
+        n_refused = len(refused)
+    with stages.stage("prepare", len(crystals)) as bar:
+        prepare = partial(make_case, spec=spec, elements=codec.model.elements, move=None)
+        cases = list(bar.over(parallel_map(prepare, crystals, options.workers)))
+    taken = [case for case in cases if not case.refusal]
+    if not taken:
+        told = f"; the first: {cases[0].refusal}" if cases else ""
+        raise DataError(f"there is no crystal in {_source(options)} that the model takes{told}")
+    return taken, n_refused + len(cases) - len(taken)
