@@ -6,7 +6,7 @@ import hashlib
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from math import prod
@@ -32,6 +32,8 @@ from dist_train.shards.prefetch import Prefetch
 from dist_train.shards.reader import DamagedSample, Record, ShardReader
 
 CPU = torch.device("cpu")
+AT_ONCE, MOST_FILES = 2**24, 64
+"""Bytes of samples that a thread reads before it looks whether anybody still waits for them, from at most so many files."""
 STAND_IN = Crystal("stand-in", 5.0 * np.eye(3), np.zeros((1, 3)), np.array([1]))
 """What stands in place of a damaged sample, with weight 0: its cell and composition keep every loss finite."""
 
@@ -94,19 +96,17 @@ def _read(
 ) -> TrainBatch:  # fmt: skip
     parts, damaged = list[CrystalBatch | StructureBatch](), list[str]()
 
-    def going(places: Places) -> Iterator[tuple[int, int]]:
-        for row, place in enumerate(places.tolist()):
-            if stopped.is_set():
-                raise ShardError("nobody waits for this batch any more")
-            yield row, place
+    def go_on() -> None:
+        if stopped.is_set():
+            raise ShardError("nobody waits for this batch any more")
 
     for places in _alike(plan, plan.places(step)):
         if reader.index.store == "structures":
             seed = f"{plan.seed}\0{step // plan.steps_per_epoch}"
-            structures, found = _structures(reader, places, going(places), seed, substitution)
+            structures, found = _structures(reader, places, go_on, seed, substitution)
             parts.append(structures.to(device) if device.type == "cpu" else structures)
         else:
-            grids, found = _grids(reader, places, going(places), None if device.type == "cuda" else memory)
+            grids, found = _grids(reader, places, go_on, None if device.type == "cuda" else memory)
             parts.append(grids)
         damaged.extend(found)
     return TrainBatch(step, tuple(parts), tuple(damaged))
@@ -118,7 +118,7 @@ def _alike(plan: BatchPlan, places: Places) -> list[Places]:
 
 
 def _grids(
-    reader: ShardReader, places: Places, rows: Iterable[tuple[int, int]], memory: _Memory | None
+    reader: ShardReader, places: Places, go_on: Callable[[], None], memory: _Memory | None
 ) -> tuple[CrystalBatch, tuple[str, ...]]:
     """Stored grids, each byte copied once, from the file into the batch: in `memory`, or page-locked where there is none."""
     shape = reader.entries[int(places[0])][1].shape
@@ -129,14 +129,16 @@ def _grids(
         density, species = (
             torch.empty(size, dtype=d, pin_memory=True) for size, d in zip(sizes, (torch.float16, torch.uint8))
         )
-    about, damaged, texts = _About(len(places)), [], dict[int, bytearray]()
+    about, damaged, texts = _About(len(places)), [], list[memoryview | None]()
     densities, labels = density.numpy(), species.numpy()
-    for row, place in rows:
-        text = reader.read_raw(place, densities[row], labels[row])
-        if text is not None:
-            texts[row] = text
-    about.fill_from_json(texts)
+    at_once = max(1, min(MOST_FILES, AT_ONCE // (densities[0].nbytes + labels[0].nbytes)))
+    while len(texts) < len(places):
+        go_on()
+        rows = slice(len(texts), len(texts) + at_once)
+        texts += reader.read_raw(places[rows], densities[rows], labels[rows])
+    about.fill_from_json({row: text for row, text in enumerate(texts) if text is not None})
     for row in np.flatnonzero(~about.sound()).tolist():  # not raw, or damaged
+        go_on()
         try:
             record = reader[int(places[row])]
             densities[row], labels[row] = record.density_CDHW, record.species_DHW
@@ -171,12 +173,13 @@ class _Memory:
 
 
 def _structures(
-    reader: ShardReader, places: Places, rows: Iterable[tuple[int, int]], seed: str, substitution: float
+    reader: ShardReader, places: Places, go_on: Callable[[], None], seed: str, substitution: float
 ) -> tuple[StructureBatch, tuple[str, ...]]:
     """Structures alone; their random elements, rotations and origins are a pure function of the seed and each sample."""
     crystals, seeds, about, damaged = [], [], _About(len(places)), []
     elements = reader.index.elements("train") if substitution else ()
-    for row, place in rows:
+    for row, place in enumerate(places.tolist()):
+        go_on()
         sample = reader.entries[place][1]
         digest = hashlib.sha256(f"{seed}\0{sample.id}\0{sample.copy}".encode()).digest()
         try:
@@ -208,13 +211,16 @@ class _About:
         self.composition_BZ[row] = np.bincount(crystal.numbers_N, minlength=MAX_Z + 1)
         self.weight_B[row] = weight
 
-    def fill_from_json(self, texts: dict[int, bytearray]) -> None:
+    def fill_from_json(self, texts: dict[int, memoryview]) -> None:
         """From the `structure.json` of rows, their checksums being right; none is filled where one holds no crystal."""
         with suppress(LookupError, TypeError, ValueError, RecursionError):
-            found, rows = list(map(orjson.loads, texts.values())), np.fromiter(texts, np.int64)
-            counts = [len(values["numbers"]) for values in found]
-            numbers = np.array([number for values in found for number in values["numbers"]])
-            lattices = np.array([values["lattice_A"] for values in found], np.float64)
+            counts, listed, cells_A = list[int](), list[int](), list[Any]()
+            for text in texts.values():  # one by one: many at once would call the garbage collector
+                values = orjson.loads(text)
+                counts.append(len(values["numbers"]))
+                listed += values["numbers"]
+                cells_A.append(values["lattice_A"])
+            rows, numbers, lattices = np.fromiter(texts, np.int64), np.array(listed), np.array(cells_A, np.float64)
             if lattices.shape[1:] == (3, 3) and min(counts) and 1 <= numbers.min() <= numbers.max() <= MAX_Z:
                 places = np.repeat(rows * (MAX_Z + 1), counts) + numbers
                 shape = self.composition_BZ.shape

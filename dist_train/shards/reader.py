@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple, TypeVar
+from itertools import chain
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +23,13 @@ from dist_train.errors import CrystalError, ShardError
 from dist_train.shards.codec import MEMBERS, crc_of, decode_crystal, decode_sample, npy_header
 from dist_train.shards.half import to_half
 from dist_train.shards.index import Index, Sample, ShardRecord
-from dist_train.shards.order import Shape
+from dist_train.shards.order import Places, Shape
+from dist_train.shards.raw import read_rows
 
 T = TypeVar("T")
 OPEN_FILES = 256
 """Shards that a reader keeps open; opening one takes some microseconds, and processes may often have 1,024."""
 LISTED_SHARDS = 5
-MAX_GAP = 4096
 
 
 class DamagedSample(ShardError):
@@ -114,29 +115,33 @@ class ShardReader:
             raise self._damaged(shard, sample, str(error)) from None
         return crystal
 
-    def read_raw(self, place: int, density_CDHW: NDArray[np.float16], species_DHW: NDArray[np.uint8]) -> bytearray | None:
-        """Read a raw sample into the given arrays, each byte once, and return its `structure.json`, undecoded.
+    def read_raw(
+        self, places: Places, density_BCDHW: NDArray[np.float16], species_BDHW: NDArray[np.uint8]
+    ) -> list[memoryview | None]:
+        """Read raw samples into the rows of C-ordered arrays, each byte once; the `structure.json` of each, undecoded.
 
-        None where it is damaged, no raw one, or laid out in another way than ours: `__getitem__` then tells.
-        Raises ShardError where its shard can't be read.
+        None where it is damaged, no raw one, or not of the shape of a row: `__getitem__` then tells.
+        Keeps open as many files more as it reads from. Raises ShardError where a shard can't be read.
         """
-        shard, sample = self.entries[place]
-        if tuple(sample.members) != MEMBERS["raw"]:
-            return None
-        first, second, text = sample.members.values()
-        heads = [npy_header(density_CDHW.shape, density_CDHW.dtype), npy_header(species_DHW.shape, species_DHW.dtype)]
-        sizes = len(heads[0]) + density_CDHW.nbytes, len(heads[1]) + species_DHW.nbytes
-        gaps = second[0] - sum(first), text[0] - sum(second)
-        if (first[1], second[1]) != sizes or not 0 <= min(gaps) <= max(gaps) <= MAX_GAP or sum(text) > shard.bytes:
-            return None
-        head, other, structure = bytearray(len(heads[0])), bytearray(len(heads[1])), bytearray(text[1])
-        buffers: list[Any] = [head, density_CDHW, bytearray(gaps[0]), other, species_DHW, bytearray(gaps[1]), structure]
-        try:
-            found = os.preadv(self._file(shard.name).fd, buffers, first[0])
-        except OSError:
-            return None
-        whole = found == sum(text) - first[0] and [head, other] == heads
-        return structure if whole and crc_of([head, density_CDHW, other, species_DHW, structure]) == sample.crc32 else None
+        spans = self._spans[places]
+        numbers = spans[:, 0].tolist()
+        files = {number: self._file(self.shards[number].name) for number in set(numbers) - {-1}}
+        fds = np.array([files[number].fd if number in files else -1 for number in numbers], np.int32)
+        one, other = (npy_header(array.shape[1:], array.dtype) for array in (density_BCDHW, species_BDHW))
+        return read_rows(fds, spans[:, 1:], (one, other), density_BCDHW, species_BDHW)
+
+    @cached_property
+    def _spans(self) -> NDArray[np.int64]:
+        """[samples, 8] number of the shard, offset and bytes of the three members, crc32; -1 and zeros where it is no raw
+        sample, or the index is wrong about it."""
+        rows = []
+        for number, shard in enumerate(self.shards):
+            end = min(shard.bytes, 2**62)
+            for sample in shard.samples:
+                spans = tuple(sample.members.values())
+                raw = tuple(sample.members) == MEMBERS["raw"] and max(map(sum, spans)) <= end and 0 <= sample.crc32 < 2**32
+                rows.append((number, *chain(*spans), sample.crc32) if raw else (-1, *[0] * 7))
+        return np.array(rows, np.int64)
 
     def _members(self, shard: ShardRecord, sample: Sample) -> dict[str, bytes]:
         """The bytes of each member, checked."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from itertools import islice
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_shards import ADAPTIVE, CRYSTALS, CUBE, damage, real_crystals, rewritten_member, write_shards
+from small_shards import ADAPTIVE, CRYSTALS, CUBE, damage, flip_byte, real_crystals, rewritten_member, write_shards
 
 from dist_train.config import GridSpec
 from dist_train.crystal.frames import representable
@@ -18,10 +19,11 @@ from dist_train.errors import ShardError
 from dist_train.models.autoencoder import CrystalBatch, cell_numbers
 from dist_train.models.structure_batch import StructureBatch
 from dist_train.models.voxelize_batch import voxelize_batch
+from dist_train.shards import batches as batching
 from dist_train.shards.batches import CPU, TrainBatch, cells, collate, train_batches
 from dist_train.shards.index import Index
 from dist_train.shards.order import BatchPlan
-from dist_train.shards.reader import ShardReader
+from dist_train.shards.reader import Record, ShardReader
 
 CUBE_SHAPE = (16, 16, 16)
 WAIT_S = 10
@@ -166,14 +168,30 @@ class Slow(ShardReader):
 
     seconds = 0.0
 
-    def read_raw(self, place, *arrays):  # type: ignore[no-untyped-def]
-        self.__dict__.setdefault("read", []).append(place)
+    def read_raw(self, places, *arrays):  # type: ignore[no-untyped-def]
+        self.__dict__.setdefault("read", []).extend(places)
+        time.sleep(self.seconds * len(places))
+        return super().read_raw(places, *arrays)
+
+
+class SlowByOne(ShardReader):
+    """Reads of single samples take a while."""
+
+    seconds = 0.0
+
+    def __getitem__(self, place: int) -> Record:
         time.sleep(self.seconds)
-        return super().read_raw(place, *arrays)
+        return super().__getitem__(place)
 
 
-def test_leaving_does_not_wait_for_whole_batches(index: Index) -> None:
-    reader = Slow(index, "train")
+@pytest.mark.parametrize(
+    ("encoding", "slow", "limit"), [("raw", Slow, "AT_ONCE"), ("raw", Slow, "MOST_FILES"), ("compact", SlowByOne, "AT_ONCE")]
+)
+def test_leaving_does_not_wait_for_whole_batches(
+    tmp_path: Path, encoding: str, slow: type[Slow | SlowByOne], limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, limit, 1)
+    reader = slow(write_shards(tmp_path, real_crystals(CRYSTALS), encoding=encoding), "train")
     plan = BatchPlan(reader.shapes, reader.shard_sizes, 22, 1000, 3, 0, 1)
     batches = train_batches(reader, plan, 0, plan.steps, threads=1)
     next(batches)
@@ -256,6 +274,38 @@ def test_a_damaged_sample_is_named_and_left_out_and_the_others_are_untouched(
             assert other.cell_B6[hit].isfinite().all()
             assert other.composition_BZ[hit].sum().log().isfinite()
     assert times
+
+
+MEMBER_BYTES = [
+    (member, at)
+    for member, places in (("density.npy", (0, 9, 60, 127, 128, -1)), ("species.npy", (0, 127, 128, 999, -1)))
+    for at in places
+] + [("structure.json", 0), ("structure.json", 90), ("structure.json", -1)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("member", "at"), MEMBER_BYTES)
+def test_a_damaged_byte_in_any_part_of_a_sample_is_found(own_index: Index, member: str, at: int) -> None:
+    """In the headers, which say what the numbers are, as in the numbers and the structure."""
+    shard, sample = own_index.samples("train")[10]
+    offset, size = sample.members[member]
+    flip_byte(own_index.root / shard.name, offset + at % size)
+    reader = ShardReader(own_index, "train")
+    plan = plan_of(reader, global_batch=22, epochs=1)
+    (item,) = batches_of(reader, plan)
+    assert len(item.damaged) == 1
+    assert all(told in item.damaged[0] for told in (sample.key, sample.id, shard.name, "crc32"))
+    assert plan.places(0)[item.batch.to(CPU).weight_B == 0].tolist() == [10]
+
+
+def test_a_shard_that_is_cut_while_it_is_read_names_the_samples_behind_the_cut(own_index: Index) -> None:
+    shard = own_index.shards[0]
+    reader = ShardReader(own_index, "train")
+    plan = plan_of(reader, global_batch=22, epochs=1)
+    assert batches_of(reader, plan)[0].damaged == ()
+    os.truncate(own_index.root / shard.name, shard.samples[5].members["species.npy"][0] + 1000)
+    (item,) = batches_of(reader, plan)
+    assert sorted(told.split()[1] for told in item.damaged) == [sample.key for sample in shard.samples[5:]]
+    assert all(shard.name in told for told in item.damaged)
 
 
 def test_a_damaged_sample_is_the_same_for_any_number_of_ranks(own_index: Index) -> None:
