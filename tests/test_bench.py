@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from dist_train import bench, bench_frames, bench_generate
 from dist_train.bench import naive_grid, random_crystal
 from dist_train.bench_frames import _n_regions
+from dist_train.bench_train import _children
 from dist_train.cli import main
 from dist_train.config import GridSpec
 from dist_train.crystal.structure import Crystal
@@ -108,3 +110,16 @@ def test_regions_are_connected_across_the_faces_of_a_cell() -> None:
     assert _n_regions(marked) == 2
     marked[2, 4, 4] = marked[3, 5, 5] = True  # a common edge alone joins nothing
     assert _n_regions(marked) == 4
+
+
+def test_processes_at_once_are_added_up(tmp_path: Path) -> None:
+    # Each ends once the other has begun: they could not one after the other.
+    code = """
+import os, pathlib, sys, time
+folder = pathlib.Path(sys.argv[1])
+(folder / str(os.getpid())).touch()
+while len(list(folder.iterdir())) < 2:
+    time.sleep(0.01)
+print('{"samples_per_second": 1.5}')
+"""
+    assert _children([sys.executable, "-c", code, str(tmp_path)], 2) == {"samples_per_second": 3.0}

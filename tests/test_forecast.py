@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from small_run import small_config, write_small_shards
 
 from dist_train.cli import main
+from dist_train.commands import planning
 from dist_train.commands.planning import plan
 from dist_train.commands.training import build_model
 from dist_train.config import RunConfig
@@ -109,3 +111,16 @@ def test_the_verb(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert json.loads(capsys.readouterr().out)["ranks"] == 1
     with pytest.raises(ConfigError, match="can't be divided among 5 ranks"):
         plan(config, 5)
+
+
+@pytest.mark.parametrize(("speed", "told"), [(1.3, True), (1.05, False)])
+def test_a_precision_that_is_faster_here_is_named(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, speed: float, told: bool
+) -> None:
+    """Whichever this CPU is faster in: the measured speeds are made up, nothing else."""
+    changed = small_config(Path(config.data.folder).parent, "train.precision=bf16")
+    monkeypatch.setattr(planning, "measure", lambda config, *_: 1e9 * (speed if config.train.precision == "fp32" else 1.0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    text = plan(changed, 1, "here")
+    assert ("train.precision=fp32 is 1.3 times as fast as bf16 on this machine" in text) == told
+    assert "times as fast" not in plan(config, 1, "here")  # which is of fp32

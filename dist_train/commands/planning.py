@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from statistics import median
 
 import psutil
@@ -22,7 +24,9 @@ from dist_train.shards.reader import ShardReader
 from dist_train.training.engine import TorchEngine, check_batch
 from dist_train.training.meter import DEVICES
 
-ROUNDS = 5
+ROUNDS, FEW_ROUNDS = 5, 2
+"""Steps that are measured, after a first one."""
+WORTHWHILE = 1.1
 HERE = "here"
 
 
@@ -35,9 +39,10 @@ def plan(
     device: one of DEVICES, of whose arithmetic `utilisation` is reached, or 'here': what this machine makes of a few steps.
     Raises the error of whatever would stop the run before its first step.
     """
-    index = check_training(config, ranks)
+    index, warnings = check_training(config, ranks), list[str]()
     if device == HERE:
         flops, memory = measure(config, index, ranks), psutil.virtual_memory().total / ranks
+        warnings += faster_precision(config, index, ranks, flops)
     else:
         peak, memory = DEVICES[device]
         flops = peak * utilisation
@@ -47,10 +52,21 @@ def plan(
 
         zero = deepspeed_config(config, ranks)["zero_optimization"]
     found = forecast(config, index, ranks, zero, Machine(flops, memory, network_GBs * 1e9, disk_GBs * 1e9, price))
+    found = replace(found, warnings=(*found.warnings, *warnings))
     return json.dumps(found.as_json(), indent=1) if as_json else table(found, device)
 
 
-def measure(config: RunConfig, index: Index, ranks: int) -> float:
+def faster_precision(config: RunConfig, index: Index, ranks: int, flops: float) -> Iterator[str]:
+    """A warning where float32 is faster than bf16, as on CPUs that don't multiply matrices of it (AMX); flops: with bf16."""
+    if config.train.precision != "bf16" or torch.cuda.is_available():
+        return
+    train = config.train.model_copy(update={"precision": "fp32"})
+    ratio = measure(config.model_copy(update={"train": train}), index, ranks, FEW_ROUNDS) / flops
+    if ratio > WORTHWHILE:
+        yield f"train.precision=fp32 is {ratio:.1f} times as fast as bf16 on this machine: its CPU has no fast bf16"
+
+
+def measure(config: RunConfig, index: Index, ranks: int, rounds: int = ROUNDS) -> float:
     """FLOP a second that a rank of this machine, with its share of the cores, makes of one part of a step."""
     threads, micro = torch.get_num_threads(), check_batch(config, ranks)
     keep_memory()
@@ -60,7 +76,7 @@ def measure(config: RunConfig, index: Index, ranks: int) -> float:
         order = BatchPlan(reader.shapes, reader.shard_sizes, micro, 1, config.seed, 0, 1, config.data.shuffle_window)
         engine = TorchEngine(build_model(config, index, reader), config)
         seconds, flops = [], 0.0
-        for item in train_batches(reader, order, 0, min(ROUNDS + 1, order.steps), engine.device):
+        for item in train_batches(reader, order, 0, min(rounds + 1, order.steps), engine.device):
             batch = item.batch.to(engine.device)
             share, latent = engine.objective.share, config.model.latent_size
             noise = step_noise(config.seed, item.step, range(micro), share, latent, batch.shape, engine.device)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import log as ln
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 
 from dist_train.commands.evaluate import read_split
 from dist_train.commands.models import bundle_folder, read_many
-from dist_train.config import PriorConfig
-from dist_train.crystal.case import Case, make_case
-from dist_train.crystal.digest import DIGEST_VERSION, digest
+from dist_train.config import GridSpec, PriorConfig
+from dist_train.crystal.case import unknown_elements
+from dist_train.crystal.digest import DIGEST_VERSION, digest, digests_near
+from dist_train.crystal.frames import representable
 from dist_train.crystal.parallel import parallel_map
 from dist_train.crystal.structure import Crystal
-from dist_train.errors import ConfigError, DataError
+from dist_train.errors import ConfigError, CrystalError, DataError
 from dist_train.generate import posterior
 from dist_train.model_card import model_card
 from dist_train.models.autoencoder import composition_vector
@@ -32,13 +33,18 @@ from dist_train.models.vae import Latent
 from dist_train.progress import Stages
 from dist_train.shards.index import Index
 
+MOST_LATENTS = 20_000
+"""Crystals that are encoded for the flow: some minutes of one core."""
+
 
 def fit_prior(
     codec: Codec, crystals: Sequence[Crystal], atoms_NZ: NDArray[np.float32], settings: PriorConfig, seed: int, workers: int,
     stages: Stages,
 ) -> None:  # fmt: skip
-    """Fit the model's Gaussian and flow to the latents of crystals, and its compositions to `atoms_NZ` [N, MAX_Z + 1]."""
+    """Fit the model's Gaussian and flow to the latents of crystals, of `MOST_LATENTS` of them at most, spread over all, and
+    its compositions to `atoms_NZ` [N, MAX_Z + 1]."""
     model = codec.model
+    crystals = [crystals[place] for place in np.linspace(0, len(crystals) - 1, min(len(crystals), MOST_LATENTS)).astype(int)]
     with stages.stage("encode", len(crystals)) as bar:
         found = posterior(codec, crystals, bar.update, workers)
     latents = found.mean.cpu().double()
@@ -99,11 +105,11 @@ def fit(options: FitPriorOptions) -> str:
         network, config = read_bundle(folder)
         listed = training_digests(folder)
         codec, about = Codec(network), config["about"]
-        cases, refused = _cases(options, codec, stages)
+        taken, refused = _read(options, codec, stages)
         known = {} if listed is None else dict.fromkeys(listed.tolist())
-        n_new = sum(known.keys().isdisjoint(case.digests) for case in cases)
+        n_new = sum(known.keys().isdisjoint(item.digests) for item in taken)
         settings = _settings(options, about["run"]["prior"])
-        crystals = [case.crystal for case in cases]
+        crystals = [item.crystal for item in taken]
         atoms_NZ = np.stack([composition_vector(crystal) for crystal in crystals])
         fit_prior(codec, crystals, atoms_NZ, settings, options.seed, options.workers, stages)
         told = {"data": _source(options), "crystals": len(crystals), "seed": options.seed}
@@ -128,19 +134,37 @@ def _source(options: FitPriorOptions) -> str:
     return " ".join(options.data) if options.data else f"{options.shards}, split {options.split or 'train'}"
 
 
-def _cases(options: FitPriorOptions, codec: Codec, stages: Stages) -> tuple[list[Case], int]:
+class _Taken(NamedTuple):
+    """A crystal as the model's grid takes it, and its digests; or why the model can't take it."""
+
+    crystal: Crystal
+    digests: tuple[int, ...]
+    refusal: str = ""
+
+
+def _taken(crystal: Crystal, spec: GridSpec, elements: tuple[int, ...], placed: bool) -> _Taken:
+    """placed: it is already as the grid takes it."""
+    try:
+        crystal = crystal if placed else representable(crystal, spec)
+        return _Taken(crystal, digests_near(crystal), unknown_elements(crystal, elements))
+    except CrystalError as error:
+        return _Taken(crystal, (), str(error).removeprefix(f"{crystal.id}: "))
+
+
+def _read(options: FitPriorOptions, codec: Codec, stages: Stages) -> tuple[list[_Taken], int]:
     """The crystals that the model takes, and how many others there are. Raises DataError where it takes none."""
-    spec, n_refused = codec.model.grid, 0
+    spec, n_refused, placed = codec.model.grid, 0, False
     if options.shards:
-        crystals = read_split(Index.read(options.shards, options.cache_dir), options.split or "train", None, stages)
+        index = Index.read(options.shards, options.cache_dir)
+        crystals, placed = read_split(index, options.split or "train", None, stages), index.grid == spec
     else:
         crystals, refused = read_many(options.data, spec.max_atoms, None, options.workers, stages)
         n_refused = len(refused)
     with stages.stage("prepare", len(crystals)) as bar:
-        prepare = partial(make_case, spec=spec, elements=codec.model.elements, move=None)
-        cases = list(bar.over(parallel_map(prepare, crystals, options.workers)))
-    taken = [case for case in cases if not case.refusal]
+        prepare = partial(_taken, spec=spec, elements=codec.model.elements, placed=placed)
+        found = list(bar.over(parallel_map(prepare, crystals, options.workers)))
+    taken = [item for item in found if not item.refusal]
     if not taken:
-        told = f"; the first: {cases[0].refusal}" if cases else ""
+        told = f"; the first: {found[0].refusal}" if found else ""
         raise DataError(f"there is no crystal in {_source(options)} that the model takes{told}")
-    return taken, n_refused + len(cases) - len(taken)
+    return taken, n_refused + len(found) - len(taken)

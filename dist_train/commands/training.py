@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from dist_train import __version__
-from dist_train.commands.prior import fit_prior
+from dist_train.commands.prior import MOST_LATENTS, fit_prior
 from dist_train.commands.registry import register
 from dist_train.config import RunConfig, load_config
 from dist_train.crystal.digest import DIGEST_VERSION, digest
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 STATISTICS_SAMPLES = 512
-PRIOR_SAMPLES = 20_000
 MAX_DIGESTS = 200_000
 """Of the training samples that a bundle lists: 1.6 MB and a few minutes at the end of a run."""
 MIN_CELL_STD = 0.01
@@ -352,7 +351,7 @@ def _finish(
     with Progress("digests", n_known, "crystals") as bar:
         known = whole(lambda place: _known(reader.crystal(place)), bar.over(fetched(reader, n_known)))
     digests = [digest for digest, _ in known]
-    crystals = whole(reader.crystal, fetched(reader, min(len(reader), PRIOR_SAMPLES)))
+    crystals = whole(reader.crystal, fetched(reader, min(len(reader), MOST_LATENTS)))
     atoms_NZ = np.stack([composition for _, composition in known])
     fit_prior(codec, crystals, atoms_NZ, config.prior, config.seed, torch.get_num_threads(), Stages())
     about = {
