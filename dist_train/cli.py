@@ -131,6 +131,15 @@ def _cache_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _source_options(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--shards", help="folder of shards, or its fsspec URL")
+    source.add_argument(
+        "--data", nargs="+", default=[], metavar="INPUT", help="CIF files, folders, archives, Parquet tables"
+    )
+    _cache_option(parser)
+
+
 def _add_demo(verbs: Verbs) -> None:
     parser = _verb(
         verbs,
@@ -434,12 +443,7 @@ def _add_evaluate(verbs: Verbs) -> None:
     )  # fmt: skip
     _model_options(parser)
     _record_option(parser)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--shards", help="folder of shards, or its fsspec URL")
-    source.add_argument(
-        "--data", nargs="+", default=[], metavar="INPUT", help="CIF files, folders, archives, Parquet tables"
-    )
-    _cache_option(parser)
+    _source_options(parser)
     parser.add_argument("--split", help="split of the shards that the model was not trained on; without it, test")
     parser.add_argument(
         "--training", nargs="+", default=[], metavar="INPUT",
@@ -478,12 +482,7 @@ def _add_fit_prior(verbs: Verbs) -> None:
         "make samples like these; the bundle counts them among its training crystals from then on.",
     )  # fmt: skip
     _model_options(parser)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--shards", help="folder of shards, or its fsspec URL")
-    source.add_argument(
-        "--data", nargs="+", default=[], metavar="INPUT", help="CIF files, folders, archives, Parquet tables"
-    )
-    _cache_option(parser)
+    _source_options(parser)
     parser.add_argument("--split", help="split of the shards; without it, train")
     parser.add_argument("--out", type=Path, required=True, help="bundle to write; may be that of --model")
     for name, what in (("width", "of the flow's layers"), ("depth", "blocks of the flow"), ("steps", "of the training")):

@@ -105,6 +105,7 @@ def test_same_seed_same_bytes(fitted: Path, lithium: Path, tmp_path: Path) -> No
         (("--data", str(DATA / "sample" / "cifs" / "carbon_24")), "that the model takes; the first: spacing of"),
         (("--data", str(MODEL), "--split", "val"), "--split val is of shards, and --data has none"),
         (("--data", "nowhere"), "nowhere"),
+        (("--data", str(MODEL), "--temperature", "3"), "--temperature 3 is above 1"),
     ],
 )
 def test_what_can_not_be_fitted_is_told(

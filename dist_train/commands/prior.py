@@ -101,6 +101,8 @@ def fit(options: FitPriorOptions) -> str:
     check_place(options.out)
     if options.data and options.split:
         raise ConfigError(f"--split {options.split} is of shards, and --data has none; leave it out")
+    if options.temperature is not None and options.temperature > 1:
+        raise ConfigError(f"--temperature {options.temperature:g} is above 1, as compositions occur: give 1 or less")
     with bundle_folder(options.model, options.tracking_uri) as folder:
         network, config = read_bundle(folder)
         listed = training_digests(folder)
