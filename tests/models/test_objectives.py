@@ -256,7 +256,12 @@ def test_activation_checkpointing_changes_no_bit(model: ModelConfig) -> None:
 
 @pytest.mark.parametrize("model", [LIGHT, PAPER], ids=["light", "paper"])
 def test_channels_last_changes_rounding_alone(model: ModelConfig) -> None:
+    """With smooth activations: where a voxel lies at the bend of a LeakyReLU, rounding decides its gradient."""
     plain, last = make_objective(model=model), make_objective(model=model, channels_last=True)
+    for module in [*plain.modules(), *last.modules()]:
+        for name, child in module.named_children():
+            if isinstance(child, torch.nn.LeakyReLU):
+                setattr(module, name, torch.nn.SiLU())
     seen = []
     layer = last.model.unet.merge[0][0]
     layer.register_forward_hook(lambda module, inputs, out: seen.extend([out, module.weight]))
