@@ -25,8 +25,9 @@ from dist_train.models.vae import Latent
 T = TypeVar("T")
 R = TypeVar("R")
 
-ENCODED, DECODED, FLOWED = 32, 128, 256
-"""Crystals that the encoder, the decoder and the flow are given at a time. Of adaptive grids few have the same shape."""
+ENCODED, DECODED, FLOWED, SAMPLED = 32, 128, 256, 1024
+"""Crystals that the encoder, the decoder and the flow are given at a time, and samples between two words of progress. Of
+adaptive grids few have the same shape."""
 ATTEMPTS, ANEW = 6, 1_000_003
 """Of a sample to be made of the atoms that were drawn for it, and how far apart the seeds of these attempts are. Of a seed,
 torch takes the last 32 bits."""
@@ -96,7 +97,7 @@ class Draws(NamedTuple):
 
 def draw(
     codec: Codec, n: int, seed: int, workers: int = 1, attempt: int = 0, places: Sequence[int] | None = None
-) -> Draws:  # fmt: skip
+) -> Draws:
     """What was fitted to the training crystals' latents, the bundle's flow or else a Gaussian. Same seed, same draws.
 
     attempt: others of the same seed; places: of these draws alone, of n.
@@ -138,7 +139,17 @@ def samples(
     crystal it makes. Where that one decodes to other atoms, another is drawn, `ATTEMPTS` times at most: then the last one
     stays. progress(n): n more are done.
     """
-    found, waiting = dict[int, Sample](), list(range(len(ids)))
+    found: list[Sample] = []
+    for start in range(0, len(ids), SAMPLED):
+        places = range(start, min(start + SAMPLED, len(ids)))
+        found += _samples(codec, ids, seed, workers, places)
+        progress(len(places))
+    return found
+
+
+def _samples(codec: Codec, ids: Sequence[str], seed: int, workers: int, places: Sequence[int]) -> list[Sample]:
+    """Those at some places of all."""
+    found, waiting = dict[int, Sample](), list(places)
     for attempt in range(ATTEMPTS):
         latent_NL, atoms_NE = draw(codec, len(ids), seed, workers, attempt, waiting)
         if atoms_NE is not None:
@@ -146,15 +157,13 @@ def samples(
                 latent_NL[row] = drawn.again_L
         decoded = list(decode(codec, latent_NL, [ids[place] for place in waiting], workers))
         found.update(zip(waiting, map(Sample, latent_NL, decoded), strict=True))
-        again = [
-            place for place, item, atoms_E in zip(waiting, decoded, atoms_NE if atoms_NE is not None else ())
-            if not _made_of(codec, item, atoms_E)
-        ]  # fmt: skip
-        progress(len(waiting) - len(again))
-        if not (waiting := again):
+        if atoms_NE is None:
             break
-    progress(len(waiting))
-    return [found[place] for place in range(len(ids))]
+        rows = zip(waiting, decoded, atoms_NE, strict=True)
+        waiting = [place for place, item, atoms_E in rows if not _made_of(codec, item, atoms_E)]
+        if not waiting:
+            break
+    return [found[place] for place in places]
 
 
 def _made_of(codec: Codec, decoded: Decoded, atoms_E: Tensor) -> bool:

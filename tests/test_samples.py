@@ -70,8 +70,10 @@ def test_samples_that_are_not_made_of_the_atoms_drawn_are_drawn_again(
     codec: Codec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[int] = []
+    monkeypatch.setattr(generate, "SAMPLED", 25)
     usual = samples(codec, IDS, seed=0, progress=told.append)
-    assert sum(told) == N
+    assert told == [25, 25, 10]
+    monkeypatch.undo()
     atoms = draw(codec, N, seed=0).atoms_NE
     assert atoms is not None
     monkeypatch.setattr(generate, "ATTEMPTS", 1)
