@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_train import __version__
-from dist_train.commands.models import bundle_folder, read_many, write_cifs
+from dist_train.commands.models import bundle_folder, read_many, read_split, write_cifs
 from dist_train.crystal.case import in_grid, make_case
 from dist_train.crystal.decode import Decoded
 from dist_train.crystal.digest import DIGEST_VERSION
@@ -40,8 +40,6 @@ from dist_train.models.export import SUMS_NAME, read_bundle, training_digests
 from dist_train.models.reconstruct import Codec
 from dist_train.progress import Stages
 from dist_train.shards.index import Index
-from dist_train.shards.prefetch import fetched
-from dist_train.shards.reader import ShardReader
 
 READ_ATOMS = 2000
 """Crystals with more are refused as they are read (or with more than the model's grid takes, if that is more)."""
@@ -157,14 +155,6 @@ def _read(options: EvaluateOptions, max_atoms: int, stages: Stages) -> tuple[lis
     if options.training:
         return crystals, read_many(options.training, max_atoms, None, options.workers, stages)[0], refused
     return crystals, read_split(index, "train", None, stages) if index else [], refused
-
-
-def read_split(index: Index, split: str, limit: int | None, stages: Stages) -> list[Crystal]:
-    """The first `limit` crystals of a split."""
-    reader = ShardReader(index, split)
-    count = min(len(reader), limit or len(reader))
-    with stages.stage("read", count) as bar:
-        return list(bar.over(map(reader.crystal, fetched(reader, count))))
 
 
 def _digest(crystals: Iterable[Crystal]) -> str:

@@ -21,6 +21,9 @@ from dist_train.models.export import read_bundle
 from dist_train.models.reconstruct import Codec
 from dist_train.progress import Stages
 from dist_train.shards.discover import discover, read_inputs
+from dist_train.shards.index import Index
+from dist_train.shards.prefetch import fetched
+from dist_train.shards.reader import ShardReader
 from dist_train.shards.sources import read_chunk
 
 MAX_NAME_BYTES = 200
@@ -74,6 +77,14 @@ def read_many(
             if len(crystals) == limit:
                 break
     return crystals, refused
+
+
+def read_split(index: Index, split: str, limit: int | None, stages: Stages) -> list[Crystal]:
+    """The first `limit` crystals of a split."""
+    reader = ShardReader(index, split)
+    count = min(len(reader), limit or len(reader))
+    with stages.stage("read", count) as bar:
+        return list(bar.over(map(reader.crystal, fetched(reader, count))))
 
 
 def file_names(ids: Iterable[str]) -> list[str]:

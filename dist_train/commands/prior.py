@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dist_train.commands.evaluate import read_split
-from dist_train.commands.models import bundle_folder, read_many
+from dist_train.commands.models import bundle_folder, read_many, read_split
 from dist_train.config import GridSpec, PriorConfig
 from dist_train.crystal.case import unknown_elements
 from dist_train.crystal.digest import DIGEST_VERSION, digest, digests_near
