@@ -81,7 +81,7 @@ def test_crystals_that_the_model_had_not_seen_count_as_seen(
     command = ["fit-prior", "--model", str(fitted), "--data", str(tmp_path / "new.parquet"), *QUICK]
     shutil.copytree(fitted, tmp_path / "same")
     assert main([*command, "--out", str(tmp_path / "same")]) == 0
-    assert f"fitted to {len(new)} crystals, {len(new)} of which the model was not trained on" in capsys.readouterr().out
+    assert f"fitted to {len(new)} crystals; {len(new)} of which are new to it" in capsys.readouterr().out
     found = training_digests(tmp_path / "same")
     assert found is not None
     assert np.isin(np.array([digest(crystal) for crystal in new], np.uint64), found).all()

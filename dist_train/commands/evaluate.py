@@ -21,10 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_train import __version__
-from dist_train.commands.models import bundle_folder, read_many, read_split, write_cifs
+from dist_train.commands.models import bundle_folder, read_many, read_split, seen, write_cifs
 from dist_train.crystal.case import in_grid, make_case
 from dist_train.crystal.decode import Decoded
-from dist_train.crystal.digest import DIGEST_VERSION
 from dist_train.crystal.metrics import structure_valid
 from dist_train.crystal.parallel import parallel_map
 from dist_train.crystal.structure import Crystal
@@ -199,10 +198,10 @@ def _trained_on(result: Evaluation, known: NDArray[np.uint64] | None, about: dic
     training_digests_of: training samples that the bundle lists, and how many there were. not_trained_on: the metrics of
     the other crystals, where there are of both.
     """
-    if known is None or about.get("version") != DIGEST_VERSION:
+    seen_N = seen([case.digests for case in result.cases], known, about)
+    if seen_N is None:
         return {"n_trained_on": None, "training_digests_of": None, "not_trained_on": None}
-    listed = set(known.tolist())
-    new = [place for place, case in enumerate(result.cases) if listed.isdisjoint(case.digests)]
+    new = np.flatnonzero(~seen_N).tolist()
     return {
         "n_trained_on": len(result.cases) - len(new),
         "training_digests_of": [about["samples"], about["of"]],

@@ -10,9 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dist_train.config import GridSpec
 from dist_train.crystal.cif import write_cif
 from dist_train.crystal.decode import Decoded
+from dist_train.crystal.digest import DIGEST_VERSION
 from dist_train.crystal.parallel import parallel_map
 from dist_train.crystal.structure import Crystal
 from dist_train.errors import ConfigError, CrystalError
@@ -85,6 +89,19 @@ def read_split(index: Index, split: str, limit: int | None, stages: Stages) -> l
     count = min(len(reader), limit or len(reader))
     with stages.stage("read", count) as bar:
         return list(bar.over(map(reader.crystal, fetched(reader, count))))
+
+
+def seen(
+    digests: Sequence[Sequence[int]], listed: NDArray[np.uint64] | None, about: dict[str, Any]
+) -> NDArray[np.bool_] | None:
+    """[N] which crystals, by `digests_near` of each, a model was trained on; None where its bundle doesn't tell.
+
+    listed, about: what the bundle lists, and the entry `training_digests` of what it says of itself.
+    """
+    if listed is None or about.get("version") != DIGEST_VERSION:
+        return None
+    known = set(listed.tolist())
+    return np.array([not known.isdisjoint(near) for near in digests], bool)
 
 
 def file_names(ids: Iterable[str]) -> list[str]:

@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from dist_train.commands.models import bundle_folder, read_many, read_split
+from dist_train.commands.models import bundle_folder, read_many, read_split, seen
 from dist_train.config import GridSpec, PriorConfig
 from dist_train.crystal.case import unknown_elements
-from dist_train.crystal.digest import DIGEST_VERSION, digest, digests_near
+from dist_train.crystal.digest import digest, digests_near
 from dist_train.crystal.frames import representable
 from dist_train.crystal.parallel import parallel_map
 from dist_train.crystal.structure import Crystal
@@ -37,15 +36,14 @@ MOST_LATENTS = 20_000
 
 
 def fit_prior(
-    codec: Codec, crystals: Sequence[Crystal], atoms_NZ: NDArray[np.float32], settings: PriorConfig, seed: int, workers: int,
-    stages: Stages,
-) -> None:  # fmt: skip
-    """Fit the model's Gaussian and flow to the latents of crystals, of `MOST_LATENTS` of them at most, spread over all, and
-    its compositions to `atoms_NZ` [N, MAX_Z + 1]."""
+    codec: Codec, crystals: Sequence[Crystal], settings: PriorConfig, seed: int, workers: int, stages: Stages
+) -> None:
+    """Fit the model's prior to crystals: to the composition of each, and to the latents of `MOST_LATENTS` at most, spread
+    over all."""
     model = codec.model
-    crystals = [crystals[place] for place in np.linspace(0, len(crystals) - 1, min(len(crystals), MOST_LATENTS)).astype(int)]
-    with stages.stage("encode", len(crystals)) as bar:
-        found = posterior(codec, crystals, bar.update, workers)
+    chosen = np.linspace(0, len(crystals) - 1, min(len(crystals), MOST_LATENTS)).astype(int)
+    with stages.stage("encode", len(chosen)) as bar:
+        found = posterior(codec, [crystals[place] for place in chosen], bar.update, workers)
     latents = found.mean.cpu().double()
     centred = latents - latents.mean(0)
     covariance = centred.T @ centred / max(len(latents) - 1, 1)
@@ -56,10 +54,7 @@ def fit_prior(
     if settings.kind != "flow":
         return
     elements = list(model.elements)
-    atoms_NE, own_NE = (
-        torch.from_numpy(atoms[:, elements]).to(codec.device)
-        for atoms in (atoms_NZ, np.stack([composition_vector(crystal) for crystal in crystals]))
-    )
+    atoms_NE = torch.from_numpy(np.stack([composition_vector(crystal)[elements] for crystal in crystals])).to(codec.device)
     with stages.stage("compositions", settings.steps, "steps") as bar:
         compositions = fit_compositions(
             atoms_NE, elements, settings.steps, seed, lambda error: bar.update(error=f"{error:.2f}"), settings.temperature
@@ -67,7 +62,7 @@ def fit_prior(
     scaled = Latent((centred / model.latent_scale).float().to(codec.device), found.log_variance - 2 * ln(model.latent_scale))
     with stages.stage("prior", settings.steps, "steps") as bar:
         model.flow = fit_flow(
-            Pairs(scaled, own_NE), compositions, settings.width, settings.depth, settings.steps, seed,
+            Pairs(scaled, atoms_NE[chosen]), compositions, settings.width, settings.depth, settings.steps, seed,
             lambda error: bar.update(error=f"{error:.3f}"),
         )  # fmt: skip
 
@@ -107,21 +102,21 @@ def fit(options: FitPriorOptions) -> str:
         listed = training_digests(folder)
         codec, about = Codec(network), config["about"]
         taken, refused = _read(options, codec, stages)
-        known = {} if listed is None else dict.fromkeys(listed.tolist())
-        n_new = sum(known.keys().isdisjoint(item.digests) for item in taken)
+        seen_N = seen([item.digests for item in taken], listed, about.get("training_digests", {}))
         settings = _settings(options, about["run"]["prior"])
         crystals = [item.crystal for item in taken]
-        atoms_NZ = np.stack([composition_vector(crystal) for crystal in crystals])
-        fit_prior(codec, crystals, atoms_NZ, settings, options.seed, options.workers, stages)
+        fit_prior(codec, crystals, settings, options.seed, options.workers, stages)
         told = {"data": _source(options), "crystals": len(crystals), "seed": options.seed}
         about = {**about, "prior": told | settings.model_dump(mode="json")}
-        if listed is not None and n_new and about["training_digests"]["version"] == DIGEST_VERSION:
-            counts = about["training_digests"]
-            about["training_digests"] = counts | {name: counts[name] + n_new for name in ("samples", "of")}
-            listed = np.union1d(listed, np.array([digest(crystal) for crystal in crystals], np.uint64))
+        new = "nobody knows how many of them it was trained on"
+        if listed is not None and seen_N is not None:
+            digests = [digest(crystals[place]) for place in np.flatnonzero(~seen_N)]
+            counts, new = about["training_digests"], f"{len(digests)} of which are new to it"
+            about["training_digests"] = counts | {name: counts[name] + len(digests) for name in ("samples", "of")}
+            listed = np.union1d(listed, np.array(digests, np.uint64))
         card = {"model_card.md": model_card(options.out.name, {**config, "about": about}).encode()}
         replace_prior(folder, options.out, network, about, listed, card if (folder / "model_card.md").exists() else {})
-    lines = [f"fitted to {len(crystals)} crystals, {n_new} of which the model was not trained on"]
+    lines = [f"what the model's samples are drawn from is fitted to {len(crystals)} crystals; {new}"]
     lines += [f"{refused} crystals were not taken: unreadable, or of no kind that the model takes"] if refused else []
     return "\n".join([*lines, f"bundle: {options.out}"])
 

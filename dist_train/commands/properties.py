@@ -8,16 +8,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from dist_train.commands.models import bundle_folder
+from dist_train.commands.models import bundle_folder, seen
 from dist_train.crystal.case import Case, make_case
-from dist_train.crystal.digest import DIGEST_VERSION
 from dist_train.crystal.interop import density_g_cm3
 from dist_train.crystal.parallel import parallel_map
 from dist_train.crystal.parquet import parquet_length, read_column, read_parquet_rows
@@ -101,7 +99,9 @@ def fit(options: FitOptions) -> str:
         rows = _read(options.data, asked, codec, options.workers, stages)
         tests = _read(options.test, asked, codec, options.workers, stages)
         cases, n_data = rows.cases + tests.cases, len(rows.cases)
-        seen_N = _seen(cases, training_digests(folder), config["about"].get("training_digests", {}))
+        seen_N = seen(
+            [case.digests for case in cases], training_digests(folder), config["about"].get("training_digests", {})
+        )
         groups_N = near_copies(cases)
         if options.test:
             held_N = np.arange(len(cases)) >= n_data
@@ -182,14 +182,6 @@ def _numbers(path: Path, column: str, length: int) -> list[float]:
         return [np.nan if value is None else float(value) for value in read_column(path, column, 0, length)]
     except (TypeError, ValueError) as error:
         raise DataError(f"{path}: column {column!r} holds no numbers: {error}; name another with NAME=COLUMN") from None
-
-
-def _seen(cases: Sequence[Case], listed: NDArray[np.uint64] | None, about: dict[str, Any]) -> BoolArray | None:
-    """Which crystals the model was trained on; None where its bundle doesn't tell."""
-    if listed is None or about.get("version") != DIGEST_VERSION:
-        return None
-    known = set(listed.tolist())
-    return np.array([not known.isdisjoint(case.digests) for case in cases])
 
 
 def near_copies(cases: Sequence[Case]) -> NDArray[np.int64]:

@@ -17,19 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from dist_train import __version__
-from dist_train.commands.prior import MOST_LATENTS, fit_prior
+from dist_train.commands.prior import fit_prior
 from dist_train.commands.registry import register
 from dist_train.config import RunConfig, load_config
 from dist_train.crystal.digest import DIGEST_VERSION, digest
-from dist_train.crystal.structure import Crystal
 from dist_train.errors import CheckpointError, ConfigError, Interrupted, OutOfMemory
 from dist_train.figures import loss_curves, slices
 from dist_train.files import write_text
 from dist_train.model_card import environment
-from dist_train.models.autoencoder import CrystalAutoencoder, Statistics, cell_numbers, check_grid, composition_vector
+from dist_train.models.autoencoder import CrystalAutoencoder, Statistics, cell_numbers, check_grid
 from dist_train.models.export import Ancestor, check_place, start_from, write_bundle
 from dist_train.models.reconstruct import Codec, calibrate
 from dist_train.progress import Progress, Stages
@@ -347,13 +345,10 @@ def _finish(
     model = engine.averaged()
     codec = Codec(model)
     calibrate(codec, for_calibration(val))
-    n_known = min(len(reader), MAX_DIGESTS)
-    with Progress("digests", n_known, "crystals") as bar:
-        known = whole(lambda place: _known(reader.crystal(place)), bar.over(fetched(reader, n_known)))
-    digests = [digest for digest, _ in known]
-    crystals = whole(reader.crystal, fetched(reader, min(len(reader), MOST_LATENTS)))
-    atoms_NZ = np.stack([composition for _, composition in known])
-    fit_prior(codec, crystals, atoms_NZ, config.prior, config.seed, torch.get_num_threads(), Stages())
+    crystals = whole(reader.crystal, fetched(reader, min(len(reader), MAX_DIGESTS)))
+    with Progress("digests", len(crystals), "crystals") as bar:
+        digests = [digest(crystal) for crystal in bar.over(crystals)]
+    fit_prior(codec, crystals, config.prior, config.seed, torch.get_num_threads(), Stages())
     about = {
         "step": state.step,
         "data_digest": index.digest,
@@ -388,8 +383,3 @@ def _last_validation(spool: Path) -> dict[str, float]:
     """The metrics of the last validation of a run, by name."""
     found = [record["metrics"] for record in read_spool(spool) if "val/loss" in record["metrics"]]
     return {name: value for name, value in found[-1].items() if name.startswith("val/")} if found else {}
-
-
-def _known(crystal: Crystal) -> tuple[int, NDArray[np.float32]]:
-    """Its digest, and atoms by atomic number."""
-    return digest(crystal), composition_vector(crystal)
