@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _ctypes
 import os
 import zlib
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 from small_shards import CRYSTALS, PER_SHARD, real_crystals, rewritten_member, write_shards
 
 from dist_train.errors import ShardError
+from dist_train.shards import raw
 from dist_train.shards import reader as reading
 from dist_train.shards.codec import npy_header
 from dist_train.shards.index import Index
@@ -118,6 +120,13 @@ def test_another_header_is_not_whole_though_its_checksum_is_right(file: File) ->
 def test_a_sample_of_another_size_is_not_read(file: File, column: int) -> None:
     file.spans[1, column] += 1
     assert file.read() == ([file.texts[0], None, file.texts[2]], [True, False, True])
+
+
+def test_an_isal_without_the_function_is_told(file: File, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(raw.isal_zlib, "__file__", _ctypes.__file__)
+    raw._link.cache_clear()
+    with pytest.raises(ShardError, match="lacks crc32_gzip_refl of ISA-L: install the package isal"):
+        file.read()
 
 
 # Of shards
