@@ -21,7 +21,7 @@ from dist_train.crystal.frames import representable
 from dist_train.crystal.parquet import read_parquet_rows, write_parquet
 from dist_train.crystal.structure import Crystal
 from dist_train.errors import DataError
-from dist_train.generate import DECODED, draw, encode, samples
+from dist_train.generate import DECODED, encode, samples
 from dist_train.generated import Finish, finished, result_of
 from dist_train.models.export import SUMS_NAME
 from dist_train.models.reconstruct import Codec
@@ -80,14 +80,13 @@ def _one_by_one(codec: Codec, task: str, inputs: list[str], n: int, out: Path) -
     seconds: dict[str, float] = {}
 
     def stage(name: str, work: Callable[[], T]) -> T:
-        found, seconds[name] = _timed(work)
-        return found
+        made, seconds[name] = _timed(work)
+        return made
 
     spec, ids = codec.model.grid, [f"crystal-{i:05d}" for i in range(n)]
     if task == "sample":
-        stage("atoms and latents drawn", lambda: draw(codec, n, 0))
-        decoded = [item.decoded for item in stage("samples decoded, encoded, decoded", lambda: samples(codec, ids, 0))]
-        seconds["samples decoded, encoded, decoded"] -= seconds["atoms and latents drawn"]
+        found = stage("drawing, decoding, encoding, decoding", lambda: samples(codec, ids, 0))
+        decoded = [item.decoded for item in found]
     else:
         crystals = stage("reading", lambda: [representable(crystal, spec) for crystal in read_crystals(inputs, spec)])
         latents, ids = stage("encoding", lambda: encode(codec, crystals)), ids[: len(crystals)]
