@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from dist_train import __version__
 from dist_train.commands.models import bundle_folder, read_many, read_split, seen, write_cifs
@@ -32,7 +32,7 @@ from dist_train.evaluate import Evaluation
 from dist_train.evaluate import evaluate as evaluate_model
 from dist_train.evaluate_report import rows, write_evaluation_report
 from dist_train.files import atomic_path, check_writable, sha256, write_text
-from dist_train.generate import decode, encode, interpolate_latents, sample_latents
+from dist_train.generate import decode, encode, interpolate_latents, samples
 from dist_train.generated import processes
 from dist_train.latent_quality import latent_quality
 from dist_train.models.export import SUMS_NAME, read_bundle, training_digests
@@ -99,12 +99,14 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         reduce = partial(in_grid, spec=network.grid)
         training = list(bar.over(parallel_map(reduce, training, options.workers, 64)))
     result = evaluate_model(codec, cases, training, options.workers, stages)
-    drawn_NL = sample_latents(codec, options.samples, seed=0, workers=options.workers)
     with stages.stage("samples", options.samples + options.steps) as bar:
-        look = _look_around(codec, result, drawn_NL, options.steps, options.workers)
-        bar.update(options.samples + options.steps)
+        ids = [f"sample-{place:03d}" for place in range(options.samples)]
+        drawn = samples(codec, ids, 0, processes(options.workers, len(ids)), bar.update)
+        look = {"samples": [sample.decoded for sample in drawn], "interpolation": _way(codec, result, options.steps)}
+        bar.update(options.steps)
     with stages.stage("latents", len(result.held) + options.samples) as bar:
         held = [result.reconstructed[place] for place in result.held]
+        drawn_NL = torch.stack([sample.latent_L for sample in drawn]) if drawn else result.latent.mean[:0]
         quality = latent_quality(codec, result.latent, held, drawn_NL, look["samples"], options.workers)
         bar.update(len(held) + options.samples)
     about = config["about"]
@@ -209,18 +211,14 @@ def _trained_on(result: Evaluation, known: NDArray[np.uint64] | None, about: dic
     }
 
 
-def _look_around(codec: Codec, result: Evaluation, drawn_NL: Tensor, steps: int, workers: int) -> dict[str, list[Decoded]]:
-    """Samples, and the way between the first two reconstructed test crystals."""
-    samples = list(
-        decode(codec, drawn_NL, [f"sample-{i:03d}" for i in range(len(drawn_NL))], processes(workers, len(drawn_NL)))
-    )
+def _way(codec: Codec, result: Evaluation, steps: int) -> list[Decoded]:
+    """Crystals on the way between the first two test crystals that were reconstructed; none where there are no two."""
     pairs = zip(result.cases, result.reconstructed, strict=True)
     ends = list(islice((case.crystal for case, decoded in pairs if decoded.crystal is not None), 2))
-    frames = []
-    if steps and len(ends) == 2:
-        start, stop = encode(codec, ends)
-        frames = list(decode(codec, interpolate_latents(start, stop, steps), [f"step-{i:02d}" for i in range(steps)]))
-    return {"samples": samples, "interpolation": frames}
+    if not steps or len(ends) < 2:
+        return []
+    start, stop = encode(codec, ends)
+    return list(decode(codec, interpolate_latents(start, stop, steps), [f"step-{i:02d}" for i in range(steps)]))
 
 
 def _sampled(samples: Sequence[Decoded]) -> dict[str, int]:
