@@ -43,7 +43,7 @@ class CompositionModel(nn.Module):
         order = torch.tensor([ELECTRONEGATIVITY_ORDER[z] for z in elements]).argsort()
         self.register_buffer("order", order, persistent=False)
         largest = min(most_elements, n) * most_atoms
-        self.register_buffer("log_share", torch.full((largest + 1,), -log(largest)).index_fill(0, torch.tensor(0), NEVER))
+        self.register_buffer("log_share", torch.tensor([NEVER] + [-log(largest)] * largest))
         self.element = _network(2 * n + 2, n)
         self.number = _network(3 * n + 2, most_atoms)
 
@@ -60,8 +60,8 @@ class CompositionModel(nn.Module):
         for k in range(self.most_elements):
             here = (x > 0) & (rank == k)
             rows = here.any(1).nonzero()[:, 0]
-            before, left = torch.where(rank < k, x, 0.0)[rows], all_B[rows]
-            left = left - before.sum(1)
+            before = torch.where(rank < k, x, 0.0)[rows]
+            left = all_B[rows] - before.sum(1)
             element = here[rows].float().argmax(1)
             of_element = self._next(before, left, k).log_softmax(1).gather(1, element[:, None])
             many = x[rows, element].long() - 1
