@@ -117,6 +117,14 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _corrections_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--corrections", type=_count, default=argparse.SUPPRESS, metavar="N",
+        help="how often what was decoded is encoded again, and its latent corrected by what it lacks: nearer with more, and "
+        "slower; without it, 4",
+    )  # fmt: skip
+
+
 def _record_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--record",
@@ -455,6 +463,7 @@ def _add_evaluate(verbs: Verbs) -> None:
         "--move", type=_count, metavar="SEED",
         help="first move every crystal to a random origin, cell, orientation and order of atoms: the same crystal otherwise",
     )  # fmt: skip
+    _corrections_option(parser)
     parser.add_argument(
         "--workers", type=_count, default=os.cpu_count() or 1, help="processes that read, decode and compare"
     )
@@ -556,6 +565,7 @@ def _add_generate(verbs: Verbs) -> None:
         _record_option(verb)
         verb.add_argument("--out", type=Path, required=True, help="output folder; generated crystals in it are replaced")
         _GENERATE.get(action, lambda verb: None)(verb)
+        _corrections_option(verb)
         _finish_options(verb)
     parser.set_defaults(run=_generate)
 

@@ -21,7 +21,7 @@ from dist_train.crystal.metrics import PairMetrics, compare_all, summarise
 from dist_train.crystal.parallel import parallel_map
 from dist_train.crystal.structure import Crystal
 from dist_train.crystal.symmetry import SYSTEMS, UNKNOWN
-from dist_train.generate import decode, posterior
+from dist_train.generate import CORRECTIONS, decode, posterior
 from dist_train.models.autoencoder import cell_numbers
 from dist_train.models.reconstruct import Codec
 from dist_train.models.vae import Latent
@@ -82,16 +82,24 @@ class Evaluation:
         return tables
 
 
-def evaluate(codec: Codec, cases: Sequence[Case], training: Sequence[Crystal], workers: int, stages: Stages) -> Evaluation:
+def evaluate(
+    codec: Codec,
+    cases: Sequence[Case],
+    training: Sequence[Crystal],
+    workers: int,
+    stages: Stages,
+    corrections: int = CORRECTIONS,
+) -> Evaluation:
     """Reconstruct the cases and compare all systems with the truth: networks in this process, the rest over `workers`.
 
-    training: the candidates of the nearest-crystal baseline, in the cells that the grid takes.
+    training: the candidates of the nearest-crystal baseline, in the cells that the grid takes; corrections: see `decode`.
     """
     held, spec = [case.crystal for case in cases if not case.refusal], codec.model.grid
     with stages.stage("encode", len(held)) as bar:
         latent = posterior(codec, held, bar.update, workers)
     with stages.stage("decode", len(held)) as bar:
-        of_held = iter(list(bar.over(decode(codec, latent.mean, [crystal.id for crystal in held], workers))))
+        ids = [crystal.id for crystal in held]
+        of_held = iter(list(bar.over(decode(codec, latent.mean, ids, workers, corrections=corrections))))
     reconstructed = tuple(Decoded(None, np.zeros(0), case.refusal) if case.refusal else next(of_held) for case in cases)
     predictions: dict[str, list[Crystal | None]] = {"model": [item.crystal for item in reconstructed]}
     if training:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain, repeat
-from math import pi
+from math import inf, pi
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -18,6 +18,7 @@ from dist_train.crystal.decode_box import decode_frame
 from dist_train.crystal.frames import representable
 from dist_train.crystal.parallel import in_order, parallel_map
 from dist_train.crystal.structure import Crystal
+from dist_train.crystal.voxelize import Shape
 from dist_train.errors import CrystalError
 from dist_train.models.reconstruct import Codec, filled
 from dist_train.models.vae import Latent
@@ -31,6 +32,9 @@ adaptive grids few have the same shape."""
 ATTEMPTS, ANEW = 6, 1_000_003
 """Of a sample to be made of the atoms that were drawn for it, and how far apart the seeds of these attempts are. Of a seed,
 torch takes the last 32 bits."""
+CORRECTIONS, STEP, CORRECTED = 4, 0.5, 256
+"""How often crystals are corrected where nobody says otherwise, by which share of what they lack, and how many of them
+together. Whole steps come nearer to latents that are near already, and lose more of the others."""
 
 
 def encode(
@@ -44,26 +48,77 @@ def encode(
 
 
 def posterior(
-    codec: Codec, crystals: Sequence[Crystal], progress: Callable[[int], None] = lambda n: None, workers: int = 1
+    codec: Codec,
+    crystals: Sequence[Crystal],
+    progress: Callable[[int], None] = lambda n: None,
+    workers: int = 1,
+    shapes: Sequence[Shape] | None = None,
 ) -> Latent:
-    """The same with the variances."""
+    """The same with the variances; shapes: of the crystals' grids, where they aren't those of their cells."""
     empty = torch.empty(0, codec.model.model.latent_size, device=codec.device)
     found = [Latent(empty, empty)]
-    batches = (crystals[start : start + ENCODED] for start in range(0, len(crystals), ENCODED))
-    for part in _by_networks(codec, codec.posterior, batches, workers):
+    parts = [slice(start, start + ENCODED) for start in range(0, len(crystals), ENCODED)]
+    batches = ((crystals[part], None if shapes is None else shapes[part]) for part in parts)
+    for part in _by_networks(codec, lambda batch: codec.posterior(*batch), batches, workers):
         found.append(part)
         progress(len(part.mean))
     return Latent(*(torch.cat(part) for part in zip(*found, strict=True)))
 
 
 def decode(
-    codec: Codec, latent_NL: Tensor, ids: Sequence[str], workers: int = 1, atoms_NE: Tensor | None = None
+    codec: Codec,
+    latent_NL: Tensor,
+    ids: Sequence[str],
+    workers: int = 1,
+    atoms_NE: Tensor | None = None,
+    corrections: int = 0,
 ) -> Iterator[Decoded]:
     """The crystals of latents, in order: networks in `workers` threads, `decode_frame` over as many processes.
 
     One worker means no other process. The crystals are the same, bit for bit, for any number. atoms_NE: how many of each of
     the model's elements they have, where that is known.
+    corrections: how often a crystal is encoded again and its latent, plus a share of what that one lacks, decoded anew. The
+    encoder says what a latent means, and the decoder knows it not quite. The nearest of these crystals is taken.
     """
+    if not corrections:
+        return _decoded(codec, latent_NL, ids, workers, atoms_NE)
+    parts = (slice(start, start + CORRECTED) for start in range(0, len(ids), CORRECTED))
+    rows = ((latent_NL[part], ids[part], None if atoms_NE is None else atoms_NE[part]) for part in parts)
+    return chain.from_iterable(_corrected(codec, *row, workers, corrections) for row in rows)
+
+
+def _corrected(
+    codec: Codec, latent_NL: Tensor, ids: Sequence[str], atoms_NE: Tensor | None, workers: int, corrections: int
+) -> list[Decoded]:
+    """Distances are in standard deviations of the posteriors of the crystals decoded first."""
+    latent_NL = latent_NL.float().cpu()
+    told_NL, precision_NL, least_N = latent_NL.clone(), torch.empty_like(latent_NL), torch.full((len(ids),), inf)
+    shapes = {row: shape for row, shape in enumerate(codec.shapes(latent_NL)) if not isinstance(shape, str)}
+    rows = list(range(len(ids)))
+    found = [Decoded(None, np.zeros(0))] * len(ids)
+    for turn in range(corrections + 1):
+        known = None if atoms_NE is None else atoms_NE[rows]
+        decoded = dict(zip(rows, _decoded(codec, told_NL[rows], [ids[row] for row in rows], workers, known), strict=True))
+        if not turn:
+            found = list(decoded.values())
+        crystals = {row: item.crystal for row, item in decoded.items() if item.crystal is not None}
+        rows = list(crystals)
+        # On the grid that the latent is of: that of a cell decoded not quite right may have another shape.
+        again = posterior(codec, list(crystals.values()), workers=workers, shapes=[shapes[row] for row in rows])
+        if not turn:
+            precision_NL[rows] = torch.exp(-again.log_variance.cpu())
+        lacks = latent_NL[rows] - again.mean.cpu()
+        for row, away in zip(rows, (lacks.square() * precision_NL[rows]).sum(1).tolist(), strict=True):
+            if away < least_N[row]:
+                found[row], least_N[row] = decoded[row], away
+        told_NL[rows] += STEP * lacks
+    return found
+
+
+def _decoded(
+    codec: Codec, latent_NL: Tensor, ids: Sequence[str], workers: int, atoms_NE: Tensor | None
+) -> Iterator[Decoded]:
+    """`decode` without corrections."""
 
     def decodable(start: int) -> list[Fields | str]:
         part = slice(start, start + DECODED)
@@ -131,38 +186,45 @@ class Sample(NamedTuple):
 
 
 def samples(
-    codec: Codec, ids: Sequence[str], seed: int, workers: int = 1, progress: Callable[[int], None] = lambda n: None
+    codec: Codec,
+    ids: Sequence[str],
+    seed: int,
+    workers: int = 1,
+    progress: Callable[[int], None] = lambda n: None,
+    corrections: int = 0,
 ) -> list[Sample]:
     """A sample for each id; same seed, same samples, however many.
 
     A prior that draws atoms first is taken at its word: the decoder is told of them, and the sample is the latent of the
-    crystal it makes. Where that one decodes to other atoms, another is drawn, `ATTEMPTS` times at most: then the last one
-    stays. progress(n): n more are done.
+    crystal it makes. Where that one decodes to other atoms, so with `corrections` too (see `decode`), another is drawn,
+    `ATTEMPTS` times at most: then the last one stays. progress(n): n more are done.
     """
     found: list[Sample] = []
     for start in range(0, len(ids), SAMPLED):
         places = range(start, min(start + SAMPLED, len(ids)))
-        found += _samples(codec, ids, seed, workers, places)
+        found += _samples(codec, ids, seed, workers, places, corrections)
         progress(len(places))
     return found
 
 
-def _samples(codec: Codec, ids: Sequence[str], seed: int, workers: int, places: Sequence[int]) -> list[Sample]:
+def _samples(
+    codec: Codec, ids: Sequence[str], seed: int, workers: int, places: Sequence[int], corrections: int
+) -> list[Sample]:
     """Those at some places of all."""
     found, waiting = dict[int, Sample](), list(places)
     for attempt in range(ATTEMPTS):
         latent_NL, atoms_NE = draw(codec, len(ids), seed, workers, attempt, waiting)
         if atoms_NE is not None:
-            for row, drawn in enumerate(returned(codec, latent_NL, atoms_NE, workers)):
-                latent_NL[row] = drawn.again_L
-        decoded = list(decode(codec, latent_NL, [ids[place] for place in waiting], workers))
-        found.update(zip(waiting, map(Sample, latent_NL, decoded), strict=True))
-        if atoms_NE is None:
-            break
-        rows = zip(waiting, decoded, atoms_NE, strict=True)
-        waiting = [place for place, item, atoms_E in rows if not _made_of(codec, item, atoms_E)]
-        if not waiting:
-            break
+            latent_NL = torch.stack([row.again_L for row in returned(codec, latent_NL, atoms_NE, workers)])
+        for times in (0, corrections) if corrections else (0,):  # most are right at once
+            decoded = list(decode(codec, latent_NL, [ids[place] for place in waiting], workers, corrections=times))
+            found.update(zip(waiting, map(Sample, latent_NL, decoded), strict=True))
+            if atoms_NE is None:
+                return [found[place] for place in places]
+            wrong = [row for row, item in enumerate(decoded) if not _made_of(codec, item, atoms_NE[row])]
+            waiting, latent_NL, atoms_NE = [waiting[row] for row in wrong], latent_NL[wrong], atoms_NE[wrong]
+            if not waiting:
+                return [found[place] for place in places]
     return [found[place] for place in places]
 
 

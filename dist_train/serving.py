@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -15,10 +15,11 @@ from torch import Tensor
 from dist_train.config import Count, NonNegative, Section
 from dist_train.crystal.alter import Edit, make_edit
 from dist_train.crystal.cif import parse_cif, write_cif
+from dist_train.crystal.decode import Decoded
 from dist_train.crystal.frames import representable
 from dist_train.crystal.structure import Crystal
 from dist_train.errors import CrystalError, DataError, ModelError
-from dist_train.generate import altered_latents, decode, encode, interpolate_latents, sample_latents
+from dist_train.generate import CORRECTIONS, altered_latents, decode, encode, interpolate_latents, samples
 from dist_train.models.reconstruct import Codec
 
 TASKS = {
@@ -31,8 +32,8 @@ TASKS = {
 }
 """Each task with the columns that it takes a row's crystal from; of two, the first one that isn't empty."""
 COLUMNS = ("cif", "latent", "confidence", "error")
-MAX_ROWS = 10_000
-"""Crystals of one answer."""
+MAX_ROWS, MAX_CORRECTIONS = 10_000, 100
+"""Crystals of one answer, and how often each is corrected."""
 
 
 class Params(Section):
@@ -57,6 +58,8 @@ class Params(Section):
     """Middle of that region, three fractional coordinates in the cell as given, with spaces between them."""
     path: Literal["linear", "spherical"] = "linear"
     """Of 'interpolate': straight, or on an arc around the mean of the training crystals' latents."""
+    corrections: Annotated[int, Field(ge=0, le=MAX_CORRECTIONS)] = CORRECTIONS
+    """How often what was decoded is encoded again, and its latent corrected by what it lacks; 0 is the fastest."""
 
 
 def answer(codec: Codec, table: Mapping[str, Sequence[object]], params: dict[str, Any]) -> dict[str, list[object]]:
@@ -74,14 +77,15 @@ def answer(codec: Codec, table: Mapping[str, Sequence[object]], params: dict[str
     if (number := wanted.get(asked.task, len(rows))) > MAX_ROWS:
         raise ModelError(f"{asked.task} would give {number} crystals, at most {MAX_ROWS} can be had: send several requests")
     if asked.task == "sample":
-        rows = list(sample_latents(codec, asked.n, asked.seed))
-    elif asked.task == "interpolate":
+        drawn = samples(codec, [f"row-{place}" for place in range(asked.n)], asked.seed, corrections=asked.corrections)
+        return _columns([sample.latent_L for sample in drawn], [sample.decoded for sample in drawn])
+    if asked.task == "interpolate":
         if len(rows) < 2:
             raise ModelError(f"interpolate takes two rows or more, {len(rows)} were given")
         rows = [point for ends in pairwise(rows) for point in _between(*ends, asked, codec)]
     elif asked.task == "alter":
         rows = [near for row in rows for near in _near(codec, row, asked)]
-    return _columns(codec, rows, decoded=asked.task != "encode")
+    return _columns(rows, None if asked.task == "encode" else _decoded(codec, rows, asked.corrections))
 
 
 def checked(params: dict[str, Any]) -> Params:
@@ -178,10 +182,16 @@ def _near(codec: Codec, row: Tensor | str, asked: Params) -> list[Tensor | str]:
     return list(altered_latents(codec, row, asked.n, asked.radius, asked.seed))
 
 
-def _columns(codec: Codec, rows: Sequence[Tensor | str], decoded: bool) -> dict[str, list[object]]:
+def _decoded(codec: Codec, rows: Sequence[Tensor | str], corrections: int) -> list[Decoded]:
+    """What the latents among the rows decode to."""
     there = [row.cpu() for row in rows if isinstance(row, Tensor)]
     ids = [f"row-{place}" for place, row in enumerate(rows) if isinstance(row, Tensor)]
-    found = iter(list(decode(codec, torch.stack(there), ids)) if there and decoded else [])
+    return list(decode(codec, torch.stack(there), ids, corrections=corrections)) if there else []
+
+
+def _columns(rows: Sequence[Tensor | str], decoded: Iterable[Decoded] | None) -> dict[str, list[object]]:
+    """decoded: what each latent decodes to, or None where only the latents are wanted."""
+    found = None if decoded is None else iter(decoded)
     columns: dict[str, list[object]] = {name: [] for name in COLUMNS}
     for row in rows:
         cif, latent, confidence, error = "", "", 0.0, ""
@@ -189,7 +199,7 @@ def _columns(codec: Codec, rows: Sequence[Tensor | str], decoded: bool) -> dict[
             error = row
         else:
             latent = json.dumps(row.tolist())
-            if decoded:
+            if found is not None:
                 made = next(found)
                 error = made.reason
                 if made.crystal is not None:

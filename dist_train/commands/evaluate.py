@@ -32,7 +32,7 @@ from dist_train.evaluate import Evaluation
 from dist_train.evaluate import evaluate as evaluate_model
 from dist_train.evaluate_report import rows, write_evaluation_report
 from dist_train.files import atomic_path, check_writable, sha256, write_text
-from dist_train.generate import decode, encode, interpolate_latents, samples
+from dist_train.generate import CORRECTIONS, decode, encode, interpolate_latents, samples
 from dist_train.generated import processes
 from dist_train.latent_quality import latent_quality
 from dist_train.models.export import SUMS_NAME, read_bundle, training_digests
@@ -56,7 +56,7 @@ class EvaluateOptions:
 
     Either shards, a folder or a URL that is kept below cache_dir, and split; or data: files, folders, archives, tables.
     training: candidates of the baseline; of shards it is their training split by default. limit: so many crystals at most,
-    the first ones. move: seed, or None to leave them.
+    the first ones. move: seed, or None to leave them. corrections: see `generate.decode`.
     """
 
     model: str
@@ -69,6 +69,7 @@ class EvaluateOptions:
     training: Sequence[str] = ()
     limit: int | None = None
     move: int | None = None
+    corrections: int = CORRECTIONS
     workers: int = 1
     samples: int = 16
     steps: int = 9
@@ -98,11 +99,11 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         cases = list(bar.over(parallel_map(prepare, crystals, options.workers)))
         reduce = partial(in_grid, spec=network.grid)
         training = list(bar.over(parallel_map(reduce, training, options.workers, 64)))
-    result = evaluate_model(codec, cases, training, options.workers, stages)
+    result = evaluate_model(codec, cases, training, options.workers, stages, options.corrections)
     with stages.stage("samples", options.samples + options.steps) as bar:
         ids = [f"sample-{place:03d}" for place in range(options.samples)]
-        drawn = samples(codec, ids, 0, processes(options.workers, len(ids)), bar.update)
-        look = {"samples": [sample.decoded for sample in drawn], "interpolation": _way(codec, result, options.steps)}
+        drawn = samples(codec, ids, 0, processes(options.workers, len(ids)), bar.update, options.corrections)
+        look = {"samples": [sample.decoded for sample in drawn], "interpolation": _way(codec, result, options)}
         bar.update(options.steps)
     with stages.stage("latents", len(result.held) + options.samples) as bar:
         held = [result.reconstructed[place] for place in result.held]
@@ -127,6 +128,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
             "limit": options.limit,
             "moved_by_seed": options.move,
         },
+        "corrections": options.corrections,
         "versions": {"dist_train": __version__, "python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
         **_metrics(result, refused),
         **_trained_on(result, known, about.get("training_digests", {})),
@@ -211,14 +213,16 @@ def _trained_on(result: Evaluation, known: NDArray[np.uint64] | None, about: dic
     }
 
 
-def _way(codec: Codec, result: Evaluation, steps: int) -> list[Decoded]:
+def _way(codec: Codec, result: Evaluation, options: EvaluateOptions) -> list[Decoded]:
     """Crystals on the way between the first two test crystals that were reconstructed; none where there are no two."""
     pairs = zip(result.cases, result.reconstructed, strict=True)
     ends = list(islice((case.crystal for case, decoded in pairs if decoded.crystal is not None), 2))
-    if not steps or len(ends) < 2:
+    if not options.steps or len(ends) < 2:
         return []
     start, stop = encode(codec, ends)
-    return list(decode(codec, interpolate_latents(start, stop, steps), [f"step-{i:02d}" for i in range(steps)]))
+    latents = interpolate_latents(start, stop, options.steps)
+    ids = [f"step-{place:02d}" for place in range(options.steps)]
+    return list(decode(codec, latents, ids, corrections=options.corrections))
 
 
 def _sampled(samples: Sequence[Decoded]) -> dict[str, int]:

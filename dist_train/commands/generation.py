@@ -40,7 +40,7 @@ from dist_train.crystal.structure import Crystal
 from dist_train.densities import generated_densities
 from dist_train.errors import ConfigError, CrystalError, DataError, ModelError
 from dist_train.files import STAGE_NAME, check_writable, sha256, staged, write_text
-from dist_train.generate import altered_latents, decode, encode, interpolate_latents, samples
+from dist_train.generate import CORRECTIONS, altered_latents, decode, encode, interpolate_latents, samples
 from dist_train.generate_report import MAX_SHOWN, Output, write_generation_report
 from dist_train.generated import COLUMNS, RELAX_STEPS, Finish, Result, counts, finished, processes, result_of, write_files
 from dist_train.models.export import SUMS_NAME, read_bundle, read_properties, training_digests
@@ -84,7 +84,7 @@ class GenerateOptions:
     as 'Ti=Zr'; scale: of the density; both `within` angstrom of the fractional coordinates `of`, or everywhere. perturb:
     distance in latent space, in standard deviations of the training crystals. screens: see `screens.SCREENS`; training:
     files, folders, archives, tables of crystals that aren't novel.
-    symmetrize, relax, relax_steps: see `generated.Finish`. density: 'cube' or 'chgcar'.
+    corrections: see `generate.decode`. symmetrize, relax, relax_steps: see `generated.Finish`. density: 'cube' or 'chgcar'.
     """
 
     task: Task
@@ -106,6 +106,7 @@ class GenerateOptions:
     composition: str | None = None
     elements: str | None = None
     along: Sequence[str] = ()
+    corrections: int = CORRECTIONS
     screens: Sequence[str] = ()
     training: Sequence[str] = ()
     symmetrize: float | None = None
@@ -182,7 +183,7 @@ def generate(options: GenerateOptions) -> Generation:
     codec = Codec(network)
     model = _Model(codec, heads and heads.to(codec.device), aims)
     asked = list(_TASKS[options.task](options, model, stages))
-    results = finished(_decoded(codec, asked, options.workers, stages), finish, stages)
+    results = finished(_decoded(codec, asked, options, stages), finish, stages)
     metrics = {
         "task": options.task,
         "seed": options.seed,
@@ -347,7 +348,8 @@ def _sample(options: GenerateOptions, model: _Model, stages: Stages) -> Iterator
         return
     ids = [f"sample-{options.seed}-{place:05d}" for place in range(options.n)]
     with stages.stage("sample", options.n) as bar:
-        found = samples(model.codec, ids, options.seed, processes(options.workers, options.n), bar.update)
+        workers = processes(options.workers, options.n)
+        found = samples(model.codec, ids, options.seed, workers, bar.update, options.corrections)
     for id, sample in zip(ids, found, strict=True):
         yield _Asked(id, sample.latent_L, decoded=sample.decoded)
 
@@ -434,13 +436,15 @@ def _encoded(codec: Codec, crystals: Sequence[Crystal], stages: Stages, workers:
         return encode(codec, crystals, bar.update, workers).cpu()
 
 
-def _decoded(codec: Codec, asked: Sequence[_Asked], workers: int, stages: Stages) -> list[Result]:
+def _decoded(codec: Codec, asked: Sequence[_Asked], options: GenerateOptions, stages: Stages) -> list[Result]:
     there = [(item.id, item.latent_L) for item in asked if isinstance(item.latent_L, Tensor) and item.decoded is None]
     found: Iterator[Decoded] = iter(())
     if there:
         ids, latents = zip(*there, strict=True)
+        workers = processes(options.workers, len(ids))
         with stages.stage("decode", len(ids)) as bar:
-            found = iter(list(bar.over(decode(codec, torch.stack(latents), ids, processes(workers, len(ids))))))
+            decoding = decode(codec, torch.stack(latents), ids, workers, corrections=options.corrections)
+            found = iter(list(bar.over(decoding)))
     results = []
     for item in asked:
         latent = item.latent_L

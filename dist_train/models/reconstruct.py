@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, repeat
 from math import pi, prod
 
 import numpy as np
@@ -18,7 +18,7 @@ from dist_train.crystal.decode_box import decode_frame
 from dist_train.crystal.elements import MAX_Z
 from dist_train.crystal.lattice import from_lengths_angles
 from dist_train.crystal.structure import Crystal
-from dist_train.crystal.voxelize import Shape, voxelize
+from dist_train.crystal.voxelize import Shape, VoxelGrid, n_channels, voxelize
 from dist_train.errors import CrystalError
 from dist_train.models.autoencoder import (
     USUAL_EDGE,
@@ -72,9 +72,12 @@ class Codec:
         return self.posterior(crystals).mean
 
     @torch.inference_mode()
-    def posterior(self, crystals: Sequence[Crystal]) -> Latent:
-        """Float32 posteriors. Raises CrystalError for a crystal that the grid can't hold."""
-        grids = [voxelize(self.centred(crystal), self.model.grid).density_CDHW for crystal in crystals]
+    def posterior(self, crystals: Sequence[Crystal], shapes: Sequence[Shape] | None = None) -> Latent:
+        """Float32 posteriors, on grids of these shapes where any are given.
+
+        Raises CrystalError for a crystal that the grid can't hold.
+        """
+        grids = self._grids(crystals, shapes)
         cell = torch.from_numpy(cell_numbers(np.stack([crystal.lengths_angles for crystal in crystals])))
         found = torch.empty(2, len(crystals), self.model.model.latent_size, device=self.device)
         for places in _of_one([grid.shape for grid in grids]):
@@ -84,6 +87,11 @@ class Codec:
             latent = self._posterior(density, filled(cell[places])[: len(density)])
             found[:, places] = torch.stack(latent)[:, : len(places)]
         return Latent(*found)
+
+    def _grids(self, crystals: Sequence[Crystal], shapes: Sequence[Shape] | None) -> list[NDArray[np.float32]]:
+        spec = self.model.grid
+        outs = repeat(None) if shapes is None else (VoxelGrid.empty(n_channels(spec), shape) for shape in shapes)
+        return [voxelize(self.centred(crystal), spec, out).density_CDHW for crystal, out in zip(crystals, outs)]
 
     def centred(self, crystal: Crystal) -> Crystal:
         """The crystal; for a unit with its atoms in the middle of the cube, where `frames.placed` has them."""
