@@ -121,7 +121,7 @@ def _corrections_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--corrections", type=_count, default=argparse.SUPPRESS, metavar="N",
         help="how often what was decoded is encoded again, and its latent corrected by what it lacks: nearer with more, and "
-        "slower; without it, 4",
+        "slower; without it, 16 at most",
     )  # fmt: skip
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, repeat
-from math import inf, pi
+from math import pi
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -32,9 +33,15 @@ adaptive grids few have the same shape."""
 ATTEMPTS, ANEW = 6, 1_000_003
 """Of a sample to be made of the atoms that were drawn for it, and how far apart the seeds of these attempts are. Of a seed,
 torch takes the last 32 bits."""
-CORRECTIONS, STEP, CORRECTED = 4, 0.5, 256
-"""How often crystals are corrected where nobody says otherwise, by which share of what they lack, and how many of them
-together. Whole steps come nearer to latents that are near already, and lose more of the others."""
+CORRECTIONS, PATIENCE, CORRECTED = 16, 3, 256
+"""How often a crystal is corrected at most, where nobody says otherwise; how often in vain, where it is near; how many at a
+time."""
+EXACT, FAR = 0.05, 1.0
+"""Errors of latents, in standard deviations of the posterior, below which nothing is left to correct, and beyond which a
+crystal is probably another one."""
+FAR_STEP, STEPS = 0.25, (1.0, 0.5)
+"""Shares of what a crystal lacks that its latent is corrected by: far away, and in turns near by. Far away larger steps lose
+some of the crystals, and near by whole ones alone go round in circles."""
 
 
 def encode(
@@ -77,42 +84,74 @@ def decode(
 
     One worker means no other process. The crystals are the same, bit for bit, for any number. atoms_NE: how many of each of
     the model's elements they have, where that is known.
-    corrections: how often a crystal is encoded again and its latent, plus a share of what that one lacks, decoded anew. The
-    encoder says what a latent means, and the decoder knows it not quite. The nearest of these crystals is taken.
+    corrections: how often, at most, a crystal is encoded again and its latent, plus a share of what that one lacks, decoded
+    anew: it is the encoder that says what a latent means, and the decoder knows it not quite. The nearest of these crystals
+    is given, with its `latent_error`.
     """
     if not corrections:
         return _decoded(codec, latent_NL, ids, workers, atoms_NE)
-    parts = (slice(start, start + CORRECTED) for start in range(0, len(ids), CORRECTED))
-    rows = ((latent_NL[part], ids[part], None if atoms_NE is None else atoms_NE[part]) for part in parts)
-    return chain.from_iterable(_corrected(codec, *row, workers, corrections) for row in rows)
+    return _corrected(codec, latent_NL.float().cpu(), ids, workers, atoms_NE, corrections)
 
 
 def _corrected(
-    codec: Codec, latent_NL: Tensor, ids: Sequence[str], atoms_NE: Tensor | None, workers: int, corrections: int
-) -> list[Decoded]:
-    """Distances are in standard deviations of the posteriors of the crystals decoded first."""
-    latent_NL = latent_NL.float().cpu()
-    told_NL, precision_NL, least_N = latent_NL.clone(), torch.empty_like(latent_NL), torch.full((len(ids),), inf)
-    shapes = {row: shape for row, shape in enumerate(codec.shapes(latent_NL)) if not isinstance(shape, str)}
-    rows = list(range(len(ids)))
-    found = [Decoded(None, np.zeros(0))] * len(ids)
-    for turn in range(corrections + 1):
+    codec: Codec, latent_NL: Tensor, ids: Sequence[str], workers: int, atoms_NE: Tensor | None, corrections: int
+) -> Iterator[Decoded]:
+    """As one crystal is done the next takes its place: networks take as long for few crystals of a shape as for many."""
+    all_ = [_Correction(latent_L, latent_L) for latent_L in latent_NL]
+    rows: list[int] = []
+    entered = given = 0
+    while given < len(all_):
+        first, entered = entered, min(entered + CORRECTED - len(rows), len(all_))
+        rows += range(first, entered)
+        told_ML = torch.stack([all_[row].told_L for row in rows])
         known = None if atoms_NE is None else atoms_NE[rows]
-        decoded = dict(zip(rows, _decoded(codec, told_NL[rows], [ids[row] for row in rows], workers, known), strict=True))
-        if not turn:
-            found = list(decoded.values())
+        decoded = dict(zip(rows, _decoded(codec, told_ML, [ids[row] for row in rows], workers, known), strict=True))
+        for row, item in decoded.items():
+            all_[row].best = all_[row].best or item
         crystals = {row: item.crystal for row, item in decoded.items() if item.crystal is not None}
         rows = list(crystals)
         # On the grid that the latent is of: that of a cell decoded not quite right may have another shape.
-        again = posterior(codec, list(crystals.values()), workers=workers, shapes=[shapes[row] for row in rows])
-        if not turn:
-            precision_NL[rows] = torch.exp(-again.log_variance.cpu())
-        lacks = latent_NL[rows] - again.mean.cpu()
-        for row, away in zip(rows, (lacks.square() * precision_NL[rows]).sum(1).tolist(), strict=True):
-            if away < least_N[row]:
-                found[row], least_N[row] = decoded[row], away
-        told_NL[rows] += STEP * lacks
-    return found
+        shapes = [shape for shape in codec.shapes(latent_NL[rows]) if not isinstance(shape, str)]
+        again = posterior(codec, list(crystals.values()), workers=workers, shapes=shapes)
+        for row, *of_again in zip(rows, again.mean.cpu(), again.log_variance.cpu(), strict=True):
+            all_[row].correct(decoded[row], *of_again)
+        rows = [row for row in rows if all_[row].goes_on(corrections)]
+        for done in all_[given : min([*rows, entered])]:
+            assert done.best is not None
+            yield done.best
+            given += 1
+
+
+@dataclass
+class _Correction:
+    """A crystal being corrected. told_L: what the decoder is told in place of latent_L; precision_L: one over the variances
+    of the posterior of the crystal decoded first; in_vain: turns since the best one.
+    """
+
+    latent_L: Tensor
+    told_L: Tensor
+    best: Decoded | None = None
+    precision_L: Tensor | None = None
+    turns: int = 0
+    in_vain: int = 0
+
+    def correct(self, decoded: Decoded, mean_L: Tensor, log_variance_L: Tensor) -> None:
+        """decoded was encoded to a posterior of this mean and variance."""
+        if self.precision_L is None:
+            self.precision_L = torch.exp(-log_variance_L)
+        lack_L = self.latent_L - mean_L
+        error = float((lack_L.square() * self.precision_L).mean().sqrt())
+        self.in_vain += 1
+        if self.best is None or self.best.latent_error is None or error < self.best.latent_error:
+            self.best, self.in_vain = replace(decoded, latent_error=error), 0
+        self.told_L = self.told_L + (FAR_STEP if error > FAR else STEPS[self.turns % len(STEPS)]) * lack_L
+        self.turns += 1
+
+    def goes_on(self, corrections: int) -> bool:
+        """Whether another turn may bring it nearer."""
+        assert self.best is not None and self.best.latent_error is not None
+        error = self.best.latent_error
+        return self.turns <= corrections and error > EXACT and (error > FAR or self.in_vain < PATIENCE)
 
 
 def _decoded(

@@ -84,11 +84,16 @@ MIN_SPACING_A = 0.5
 
 @dataclass(frozen=True)
 class Decoded:
-    """crystal: None where nothing could be decoded, and then `reason` says why; confidence_N: [N] votes' share, 0-1."""
+    """crystal: None where nothing could be decoded, and then `reason` says why; confidence_N: [N] votes' share, 0-1.
+
+    latent_error: how far its own latent lies from the one that it was decoded from, root mean square in standard deviations
+    of the posterior; beyond 1 it is probably not the crystal meant. None where nobody looked.
+    """
 
     crystal: Crystal | None
     confidence_N: FloatArray
     reason: str = ""
+    latent_error: float | None = None
 
 
 def decode(

@@ -111,7 +111,7 @@ def decode_box(
 
 
 def _nothing(atoms: BoxAtoms, reason: str = "") -> DecodedBox:
-    return DecodedBox(None, np.zeros(0), reason or atoms.reason, atoms)
+    return DecodedBox(None, np.zeros(0), reason or atoms.reason, atoms=atoms)
 
 
 def refine(cell: Repeats, density: FloatArray, heights_Z: FloatArray, spec: GridSpec) -> Repeats | str:
