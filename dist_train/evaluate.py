@@ -99,7 +99,7 @@ def evaluate(
         latent = posterior(codec, held, bar.update, workers)
     with stages.stage("decode", len(held)) as bar:
         ids = [crystal.id for crystal in held]
-        of_held = iter(list(bar.over(decode(codec, latent.mean, ids, workers, corrections=corrections))))
+        of_held = iter(list(decode(codec, latent.mean, ids, workers, corrections=corrections, progress=bar.update)))
     reconstructed = tuple(Decoded(None, np.zeros(0), case.refusal) if case.refusal else next(of_held) for case in cases)
     predictions: dict[str, list[Crystal | None]] = {"model": [item.crystal for item in reconstructed]}
     if training:

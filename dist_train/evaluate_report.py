@@ -15,7 +15,7 @@ from dist_train.densities import reconstructed_densities
 from dist_train.evaluate import Evaluation
 from dist_train.generate_report import view
 from dist_train.report import Pair, Table, write_report
-from dist_train.tables import SYSTEMS, exposure, latent_space, misses
+from dist_train.tables import SYSTEMS, doubtful, exposure, latent_space, misses
 
 if TYPE_CHECKING:
     from dist_train.models.reconstruct import Codec
@@ -38,7 +38,8 @@ METRICS = (
     ("without a crystal to compare", "n_failed"),
 )
 COLUMNS = (
-    "id", "formula", "atoms", "crystal system", "atoms decoded", "match", "valid", "RMSE", "position error, A", "reason",
+    "id", "formula", "atoms", "crystal system", "atoms decoded", "match", "valid", "RMSE", "position error, A",
+    "latent error", "reason",
 )  # fmt: skip
 
 Row = tuple[Case, Decoded, PairMetrics]
@@ -89,7 +90,7 @@ def write_evaluation_report(
             f"{exposure(metrics)}. {metrics['n_test']} crystals: {metrics['match_rate']:.1%} match, "
             + (f"{nearest:.1%} would with the nearest training crystal, " if nearest is not None else "")
             + f"{metrics['match_rate_codec_ceiling']:.1%} with the decoder fed the true grids; {misses(metrics)}. "
-            + f"{latent_space(metrics)}."
+            + f"{latent_space(metrics)}. {doubtful(metrics)}"
         ),
         tables=(overview, *_breakdown(metrics), *([reasons] if reasons.rows else []), crystals),
         pairs=tuple(map(_pair, worst)),
@@ -150,7 +151,8 @@ def _interleaved(kinds: Iterable[list[Row]]) -> Iterator[Row]:
 def _row(case: Case, decoded: Decoded, pair: PairMetrics) -> tuple[object, ...]:
     return (
         case.crystal.id, case.crystal.formula, pair.n_true, case.system, pair.n_predicted, "yes" if pair.match else "no",
-        "yes" if pair.valid else "no", pair.rms, pair.position_error_A, case.refusal or decoded.reason,
+        "yes" if pair.valid else "no", pair.rms, pair.position_error_A, decoded.latent_error,
+        case.refusal or decoded.reason,
     )  # fmt: skip
 
 

@@ -79,6 +79,7 @@ def decode(
     workers: int = 1,
     atoms_NE: Tensor | None = None,
     corrections: int = 0,
+    progress: Callable[[int], None] = lambda n: None,
 ) -> Iterator[Decoded]:
     """The crystals of latents, in order: networks in `workers` threads, `decode_frame` over as many processes.
 
@@ -86,16 +87,20 @@ def decode(
     the model's elements they have, where that is known.
     corrections: how often, at most, a crystal is encoded again and its latent, plus a share of what that one lacks, decoded
     anew: it is the encoder that says what a latent means, and the decoder knows it not quite. The nearest of these crystals
-    is given, with its `latent_error`.
+    is given, with its `latent_error`. progress(n): n more are done, though one before them may not be.
     """
-    if not corrections:
-        return _decoded(codec, latent_NL, ids, workers, atoms_NE)
-    return _corrected(codec, latent_NL.float().cpu(), ids, workers, atoms_NE, corrections)
+    if corrections:
+        yield from _corrected(codec, latent_NL.float().cpu(), ids, workers, atoms_NE, corrections, progress)
+        return
+    for item in _decoded(codec, latent_NL, ids, workers, atoms_NE):
+        progress(1)
+        yield item
 
 
 def _corrected(
-    codec: Codec, latent_NL: Tensor, ids: Sequence[str], workers: int, atoms_NE: Tensor | None, corrections: int
-) -> Iterator[Decoded]:
+    codec: Codec, latent_NL: Tensor, ids: Sequence[str], workers: int, atoms_NE: Tensor | None, corrections: int,
+    progress: Callable[[int], None],
+) -> Iterator[Decoded]:  # fmt: skip
     """As one crystal is done the next takes its place: networks take as long for few crystals of a shape as for many."""
     all_ = [_Correction(latent_L, latent_L) for latent_L in latent_NL]
     rows: list[int] = []
@@ -116,6 +121,7 @@ def _corrected(
         for row, *of_again in zip(rows, again.mean.cpu(), again.log_variance.cpu(), strict=True):
             all_[row].correct(decoded[row], *of_again)
         rows = [row for row in rows if all_[row].goes_on(corrections)]
+        progress(len(decoded) - len(rows))
         for done in all_[given : min([*rows, entered])]:
             assert done.best is not None
             yield done.best

@@ -38,10 +38,11 @@ ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 COLUMNS = (
     "id", "status", "screen", "reason", "file", "given_formula", "formula", "atoms",
     "a_A", "b_A", "c_A", "alpha_deg", "beta_deg", "gamma_deg", "volume_A3", "density_g_cm3", "nearest_A",
-    "space_group", "space_group_number", "crystal_system", "snapped", "confidence",
+    "space_group", "space_group_number", "crystal_system", "snapped", "confidence", "latent_error",
     "energy_eV_per_atom", "relax_steps", "relaxed", "relax_failure",
 )  # fmt: skip
-"""Of crystals.csv. status: written, screened out or failed; nearest_A: shortest distance of two atoms, images included."""
+"""Of crystals.csv. status: written, screened out or failed; nearest_A: shortest distance of two atoms, images included;
+latent_error: see `Decoded`, of crystals that were corrected."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ def table(results: Sequence[Result], names: Sequence[str]) -> Iterator[tuple[obj
             f"cifs/{name}.cif" if result.status == "written" else None,
             result.given.formula if result.given else None, *cell, result.nearest_A,
             *((group.symbol, group.number, group.system) if group else (None, None, None)), _yes(result.snapped),
-            float(result.decoded.confidence_N.mean()) if crystal is not None else None,
+            float(result.decoded.confidence_N.mean()) if crystal is not None else None, result.decoded.latent_error,
             *((run.energy_eV / len(run.crystal), run.steps, _yes(run.converged)) if run else (None, None, None)),
             result.relax_failure,
         )  # fmt: skip

@@ -33,7 +33,8 @@ def metrics_table(metrics: dict[str, Any]) -> str:
         values = [(metrics[system] or {}).get(key) if system else metrics[key] for _, system in SYSTEMS]
         cells = ["-" if value is None else form.format(value) for value in values]
         lines.append(f"  {label:<24}" + "".join(f"{cell:>18}" for cell in cells))
-    return "\n".join([*lines, f"  {misses(metrics)}", f"  {latent_space(metrics)}", f"  {exposure(metrics)}"])
+    told = [misses(metrics), doubtful(metrics), latent_space(metrics), exposure(metrics)]
+    return "\n".join([*lines, *(f"  {line}" for line in told if line)])
 
 
 def latent_space(metrics: dict[str, Any]) -> str:
@@ -45,6 +46,16 @@ def latent_space(metrics: dict[str, Any]) -> str:
     names = (("round_trip", "reconstructed"), ("round_trip_of_samples", "samples"))
     trips = [f"{trip['median']:.3f} ({whose})" for name, whose in names if (trip := latent[name])]
     return told + (f"; decoded and encoded again: off by {', '.join(trips)} of its spread" if trips else "")
+
+
+def doubtful(metrics: dict[str, Any]) -> str:
+    """How many crystals are probably not the ones meant, by their own latents, and how many of the misses these are."""
+    if not (found := metrics["latent_error"]):
+        return ""
+    return (
+        f"latent error, so without looking at the true crystal: median {found['median']:.2f}, beyond {found['far']:g} in "
+        f"{found['n_far']}, which are {found['n_far_missed']} of the {found['n_missed']} misses with a crystal"
+    )
 
 
 def misses(metrics: dict[str, Any]) -> str:

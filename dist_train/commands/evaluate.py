@@ -32,7 +32,7 @@ from dist_train.evaluate import Evaluation
 from dist_train.evaluate import evaluate as evaluate_model
 from dist_train.evaluate_report import rows, write_evaluation_report
 from dist_train.files import atomic_path, check_writable, sha256, write_text
-from dist_train.generate import CORRECTIONS, decode, encode, interpolate_latents, samples
+from dist_train.generate import CORRECTIONS, FAR, decode, encode, interpolate_latents, samples
 from dist_train.generated import processes
 from dist_train.latent_quality import latent_quality
 from dist_train.models.export import SUMS_NAME, read_bundle, training_digests
@@ -129,6 +129,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
             "moved_by_seed": options.move,
         },
         "corrections": options.corrections,
+        "latent_error": _latent_errors(result),
         "versions": {"dist_train": __version__, "python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
         **_metrics(result, refused),
         **_trained_on(result, known, about.get("training_digests", {})),
@@ -189,6 +190,21 @@ def _metrics(result: Evaluation, refused: Refused) -> dict[str, Any]:
             "refused": _counted(reason for _, reason in refused),
         },
         "refused": [{"file": file, "reason": reason} for file, reason in refused[:LISTED_REFUSALS]],
+    }
+
+
+def _latent_errors(result: Evaluation) -> dict[str, float | int] | None:
+    """Of crystals that were corrected: by `Decoded.latent_error` alone, and how it tells misses; None where none was."""
+    rows = zip(result.reconstructed, result.systems["model"], strict=True)
+    found = [(item.latent_error, not (pair.match and pair.valid)) for item, pair in rows if item.latent_error is not None]
+    if not found:
+        return None
+    return {
+        "median": float(np.median([error for error, _ in found])),
+        "far": FAR,
+        "n_far": sum(error > FAR for error, _ in found),
+        "n_far_missed": sum(error > FAR and missed for error, missed in found),
+        "n_missed": sum(missed for _, missed in found),
     }
 
 

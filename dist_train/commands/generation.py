@@ -65,7 +65,7 @@ UNSAID = ("model", "tracking_uri", "out", "task", "seed", "workers")
 
 PAGE_COLUMNS = (
     "id", "status", "formula", "atoms", "volume_A3", "density_g_cm3", "nearest_A", "space_group", "confidence",
-    "energy_eV_per_atom", "reason",
+    "latent_error", "energy_eV_per_atom", "reason",
 )  # fmt: skip
 """Those of crystals.csv that are in the page, where they aren't empty."""
 PAGE_DENSITIES = 4
@@ -443,8 +443,8 @@ def _decoded(codec: Codec, asked: Sequence[_Asked], options: GenerateOptions, st
         ids, latents = zip(*there, strict=True)
         workers = processes(options.workers, len(ids))
         with stages.stage("decode", len(ids)) as bar:
-            decoding = decode(codec, torch.stack(latents), ids, workers, corrections=options.corrections)
-            found = iter(list(bar.over(decoding)))
+            corrections, latent_NL = options.corrections, torch.stack(latents)
+            found = iter(list(decode(codec, latent_NL, ids, workers, corrections=corrections, progress=bar.update)))
     results = []
     for item in asked:
         latent = item.latent_L

@@ -1,0 +1,154 @@
+"""Crystals decoded, encoded again and corrected: nearer to their latents, so to the true crystals, and told where not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dist_train import generate
+from dist_train.commands.models import read_crystals
+from dist_train.crystal.cif import write_cif
+from dist_train.crystal.decode import Decoded
+from dist_train.crystal.frames import representable
+from dist_train.crystal.metrics import compare
+from dist_train.crystal.structure import Crystal
+from dist_train.errors import CrystalError
+from dist_train.generate import FAR, decode, encode, posterior, samples
+from dist_train.models.export import read_bundle
+from dist_train.models.reconstruct import Codec
+
+DATA = Path(__file__).parents[1] / "data"
+
+
+@pytest.fixture(scope="module")
+def perovskites() -> tuple[Codec, list[Crystal]]:
+    return known("perov_5", "perov_5_test_half_a", 24)
+
+
+@pytest.fixture(scope="module")
+def cells() -> tuple[Codec, list[Crystal]]:
+    """Of the Materials Project, on grids of many shapes."""
+    return known("mp_20", "mp_20_val_2000", 20)
+
+
+def known(model: str, table: str, n: int) -> tuple[Codec, list[Crystal]]:
+    codec = Codec(read_bundle(DATA / "models" / model)[0])
+    crystals = read_crystals([str(DATA / "benchmarks" / f"{table}.parquet")], codec.model.grid)[:n]
+    return codec, [representable(crystal, codec.model.grid) for crystal in crystals]
+
+
+def decoded(codec: Codec, latents: Tensor, corrections: int, workers: int = 1) -> list[Decoded]:
+    return list(decode(codec, latents, [f"{place}" for place in range(len(latents))], workers, corrections=corrections))
+
+
+@pytest.mark.parametrize(("of", "better"), [("perovskites", 0.7), ("cells", 0.5)])
+def test_corrected_crystals_are_nearer_to_the_true_ones(of: str, better: float, request: pytest.FixtureRequest) -> None:
+    codec, crystals = request.getfixturevalue(of)
+    latents = encode(codec, crystals)
+    plain, many = (
+        [compare(crystal, item.crystal) for crystal, item in zip(crystals, decoded(codec, latents, turns), strict=True)]
+        for turns in (0, 16)
+    )
+    assert sum(pair.match for pair in many) >= sum(pair.match for pair in plain)
+    both = [place for place in range(len(crystals)) if plain[place].match and many[place].match]
+    error, after = (np.median([pairs[place].position_error_A for place in both]) for pairs in (plain, many))
+    assert after < better * error
+
+
+def test_the_error_of_a_latent_is_that_of_the_crystal_encoded_again(cells: tuple[Codec, list[Crystal]]) -> None:
+    codec, crystals = cells
+    latents = encode(codec, crystals[:12])
+    first, found = decoded(codec, latents, 0), decoded(codec, latents, 16)
+    of_first = codec.posterior([item.crystal for item in first if item.crystal is not None])
+    again = codec.posterior([item.crystal for item in found if item.crystal is not None])
+    errors = ((again.mean - latents).square() / of_first.log_variance.exp()).mean(1).sqrt()
+    before = ((of_first.mean - latents).square() / of_first.log_variance.exp()).mean(1).sqrt()
+    assert [item.latent_error for item in first] == [None] * 12
+    assert [item.latent_error for item in found] == pytest.approx(errors.tolist(), rel=1e-3, abs=1e-4)
+    assert (errors <= before + 1e-4).all()
+    assert errors.median() < 0.4 * before.median()
+
+
+def test_a_crystal_far_from_its_latent_is_said_to_be_far(perovskites: tuple[Codec, list[Crystal]]) -> None:
+    """A decoder told of atoms that the latent doesn't mean makes another crystal, whatever is corrected."""
+    codec, crystals = perovskites
+    atoms = torch.zeros(len(crystals), len(codec.model.elements))
+    for row, crystal in enumerate(crystals):
+        for z, count in crystal.composition.items():
+            atoms[row, codec.model.elements.index(z)] = count
+    latents, ids = encode(codec, crystals), [crystal.id for crystal in crystals]
+    right, wrong = (
+        list(decode(codec, latents, ids, atoms_NE=told, corrections=3)) for told in (atoms, atoms.roll(1, dims=0))
+    )
+    assert all(item.latent_error is not None and item.latent_error < FAR for item in right)
+    others = [a.composition != b.composition for a, b in zip(crystals, [crystals[-1], *crystals])]
+    assert all(item.latent_error is None or item.latent_error > FAR for item, other in zip(wrong, others) if other)
+
+
+def test_the_bits_hang_on_nothing_but_the_latent(
+    cells: tuple[Codec, list[Crystal]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec, crystals = cells
+    latents, told = encode(codec, crystals[:10]), list[int]()
+    ids = [f"{place}" for place in range(len(latents))]
+    found = list(decode(codec, latents, ids, corrections=5, progress=told.append))
+    assert sum(told) == 10
+    monkeypatch.setattr(generate, "CORRECTED", 3)
+    for others in (decoded(codec, latents, 5), decoded(codec, latents, 5, workers=2)):
+        for item, other in zip(found, others, strict=True):
+            assert item.crystal is not None and other.crystal is not None
+            assert write_cif(item.crystal) == write_cif(other.crystal)
+            assert item.latent_error == other.latent_error
+    (alone,) = decoded(codec, latents[7:8], 5)
+    assert alone.latent_error == found[7].latent_error
+
+
+def test_latents_of_no_crystal_keep_their_reasons(perovskites: tuple[Codec, list[Crystal]]) -> None:
+    codec, crystals = perovskites
+    latents = encode(codec, crystals[:3])
+    latents[0] += 1e6
+    latents[2] = torch.nan
+    plain, found = decoded(codec, latents, 0), decoded(codec, latents, 4)
+    assert [item.reason for item in found] == [item.reason for item in plain]
+    assert [item.crystal is None for item in found] == [True, False, True]
+    assert [item.latent_error is None for item in found] == [True, False, True]
+    assert decoded(codec, latents[:0], 4) == []
+
+
+def test_grids_may_have_another_shape_than_their_cells(cells: tuple[Codec, list[Crystal]]) -> None:
+    codec, crystals = cells
+    crystal = crystals[0]
+    usual = posterior(codec, [crystal])
+    (shape,) = codec.shapes(usual.mean)
+    assert not isinstance(shape, str)
+    assert torch.equal(posterior(codec, [crystal], shapes=[shape]).mean, usual.mean)
+    larger = shape[0] + 4, shape[1], shape[2]
+    other = posterior(codec, [crystal], shapes=[larger]).mean
+    assert codec.shapes(other) == [larger]
+
+
+def test_samples_that_only_corrections_make_of_their_atoms_are_not_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    codec, _ = known("mp_20", "mp_20_val_2000", 0)
+    ids = [f"{place}" for place in range(12)]
+    monkeypatch.setattr(generate, "ATTEMPTS", 1)
+    drawn = generate.draw(codec, len(ids), seed=0)
+    assert drawn.atoms_NE is not None
+    plain, found = (samples(codec, ids, seed=0, corrections=turns) for turns in (0, 4))
+    right = [
+        sum(generate._made_of(codec, item.decoded, atoms_E) for item, atoms_E in zip(made, drawn.atoms_NE, strict=True))
+        for made in (plain, found)
+    ]
+    assert right[1] > right[0]
+    for item, other in zip(plain, found, strict=True):
+        assert torch.equal(item.latent_L, other.latent_L)
+
+
+def test_a_crystal_that_a_grid_cannot_hold_is_told(perovskites: tuple[Codec, list[Crystal]]) -> None:
+    codec, crystals = perovskites
+    long = Crystal("long", crystals[0].lattice_A * 4, crystals[0].frac_N3, crystals[0].numbers_N)
+    with pytest.raises(CrystalError, match="spacing"):
+        posterior(codec, [long])
