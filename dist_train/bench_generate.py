@@ -21,7 +21,7 @@ from dist_train.crystal.frames import representable
 from dist_train.crystal.parquet import read_parquet_rows, write_parquet
 from dist_train.crystal.structure import Crystal
 from dist_train.errors import DataError
-from dist_train.generate import DECODED, encode, samples
+from dist_train.generate import CORRECTIONS, DECODED, decode, encode, samples
 from dist_train.generated import Finish, finished, result_of
 from dist_train.models.export import SUMS_NAME
 from dist_train.models.reconstruct import Codec
@@ -85,14 +85,16 @@ def _one_by_one(codec: Codec, task: str, inputs: list[str], n: int, out: Path) -
 
     spec, ids = codec.model.grid, [f"crystal-{i:05d}" for i in range(n)]
     if task == "sample":
-        found = stage("drawing, decoding, encoding, decoding", lambda: samples(codec, ids, 0))
+        found = stage("drawing, decoding, encoding, decoding", lambda: samples(codec, ids, 0, corrections=CORRECTIONS))
         decoded = [item.decoded for item in found]
     else:
         crystals = stage("reading", lambda: [representable(crystal, spec) for crystal in read_crystals(inputs, spec)])
         latents, ids = stage("encoding", lambda: encode(codec, crystals)), ids[: len(crystals)]
         parts = [slice(start, start + DECODED) for start in range(0, len(ids), DECODED)]
         fields = stage("networks", lambda: [item for part in parts for item in codec.decodable(latents[part], ids[part])])
-        decoded = stage("decoding to atoms", lambda: [decode_frame(item, spec, codec.channel) for item in fields])
+        stage("decoding to atoms", lambda: [decode_frame(item, spec, codec.channel) for item in fields])
+        decoded = stage("corrections", lambda: list(decode(codec, latents, ids, corrections=CORRECTIONS)))
+        seconds["corrections"] -= seconds["networks"] + seconds["decoding to atoms"]  # what was decoded first
     results = [result_of(id, item) for id, item in zip(ids, decoded, strict=True)]
     stage("symmetry and CIF texts with it", lambda: finished(results, Finish(), Stages(len(ids) + 1)))
     texts = stage("CIF texts", lambda: [write_cif(item.crystal) for item in decoded if item.crystal is not None])

@@ -340,8 +340,13 @@ def altered_latents(codec: Codec, latent_L: Tensor, n: int, radius: float, seed:
     return latent_L.cpu() + steps @ codec.model.prior_cholesky.cpu().float().T
 
 
-def reconstruct(codec: Codec, crystals: Sequence[Crystal], workers: int = 1) -> list[Decoded]:
-    """Each crystal through encoder and decoder; one that the grid can't hold gives an empty result with the reason."""
+def reconstruct(
+    codec: Codec, crystals: Sequence[Crystal], workers: int = 1, corrections: int = CORRECTIONS
+) -> list[Decoded]:
+    """Each crystal through encoder and decoder; one that the grid can't hold gives an empty result with the reason.
+
+    corrections: see `decode`.
+    """
     results: list[Decoded | None] = []
     held: list[Crystal] = []
     for crystal in crystals:
@@ -350,5 +355,6 @@ def reconstruct(codec: Codec, crystals: Sequence[Crystal], workers: int = 1) -> 
             results.append(None)
         except CrystalError as error:
             results.append(Decoded(None, np.zeros(0), str(error)))
-    decoded = decode(codec, encode(codec, held, workers=workers), [crystal.id for crystal in held], workers)
+    latents, ids = encode(codec, held, workers=workers), [crystal.id for crystal in held]
+    decoded = decode(codec, latents, ids, workers, corrections=corrections)
     return [result or next(decoded) for result in results]

@@ -31,7 +31,7 @@ from dist_train.shards.index import Index
 from dist_train.shards.reader import ShardReader
 
 SampleTable = Callable[[str], list[Crystal]]
-QUICK = ("--samples", "1", "--steps", "0")
+QUICK = ("--samples", "1", "--steps", "0", "--corrections", "2")
 BROKEN = ROOT / "data" / "sample" / "cifs" / "broken"
 pytestmark = pytest.mark.filterwarnings("ignore:dict interface:DeprecationWarning")  # of spglib, in pymatgen
 
@@ -98,7 +98,16 @@ def test_files_and_tables_with_crystals_that_cannot_be_read_or_held(
     rows = list(rows_of(out))
     assert len(rows) == found["n_test"]
     assert {row["id"] for row in rows if row["reason"].startswith(("spacing", "elements"))} == {"long", "strange"}
+    errors = {row["id"]: float(row["latent error"]) for row in rows if row["latent error"]}
+    of_all, missed = found["latent_error"], {row["id"] for row in rows if row["match"] == "no" or row["valid"] == "no"}
+    far = {id for id, error in errors.items() if error > of_all["far"]}
+    assert set(errors) == {row["id"] for row in rows if row["atoms decoded"] != "0"}
+    assert of_all["median"] == pytest.approx(np.median([*errors.values()]))
+    assert [of_all[name] for name in ("n_far", "n_far_missed", "n_missed")] == [
+        len(far), len(far & missed), len(missed & set(errors)),
+    ]  # fmt: skip
     printed = capsys.readouterr().out
+    assert f"beyond 1 in {len(far)}, which are {len(far & missed)} of the" in printed
     assert "misses without a crystal: 2 that the model can't hold" in printed
     assert f"{found['data']['n_refused']} inputs could not be read" in printed
     page = (out / "report.html").read_text()
@@ -116,8 +125,9 @@ def test_files_and_tables_with_crystals_that_cannot_be_read_or_held(
 
 def test_parts_add_up_to_the_whole(trained: RunConfig, tmp_path: Path) -> None:
     table = ROOT / "data" / "sample" / "materials_project.parquet"
-    found = evaluated(trained, tmp_path, "--data", str(table), "--limit", "60")
+    found = evaluated(trained, tmp_path, "--data", str(table), "--limit", "60", "--corrections", "0")
     assert found["n_test"] == 60
+    assert found["latent_error"] is None
     assert found["nearest_training"] is found["match_rate_nearest_training"] is None
     assert set(found["breakdown"]) == set(CLASSES)
     for rows in found["breakdown"].values():

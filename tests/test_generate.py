@@ -171,6 +171,18 @@ def test_names_of_files_are_all_different() -> None:
 # Tasks
 
 
+def test_corrected_crystals_tell_how_far_they_are_from_their_latents(tmp_path: Path) -> None:
+    errors = []
+    for name, turns in (("usual", {}), ("plain", {"corrections": 0}), ("few", {"corrections": 1})):
+        found = made(tmp_path / name, "reconstruct", inputs=[KNOWN], **turns)
+        assert found.metrics["settings"]["corrections"] == turns.get("corrections", 16)
+        errors.append(table(tmp_path / name)[0]["latent_error"])
+        assert ("latent error" in (tmp_path / name / "report.html").read_text()) == bool(errors[-1])
+    usual, plain, few = errors
+    assert plain == ""
+    assert 0.0 < float(usual) <= float(few) < 1.0
+
+
 def test_what_cannot_be_reconstructed_is_a_row_with_its_reason(tmp_path: Path) -> None:
     mine = tmp_path / "uranium.cif"
     mine.write_text(write_cif(replaced(read_cif(KNOWN, 1000), {NUMBERS["Sn"]: NUMBERS["U"]})))
