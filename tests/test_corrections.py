@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +15,10 @@ from dist_train import generate
 from dist_train.commands.models import read_crystals
 from dist_train.crystal.cif import write_cif
 from dist_train.crystal.decode import Decoded
-from dist_train.crystal.frames import representable
+from dist_train.crystal.frames import grid_shape, representable
 from dist_train.crystal.metrics import compare
 from dist_train.crystal.structure import Crystal
-from dist_train.errors import CrystalError
-from dist_train.generate import FAR, decode, encode, posterior, samples
+from dist_train.generate import FAR, decode, encode, samples
 from dist_train.models.export import read_bundle
 from dist_train.models.reconstruct import Codec
 
@@ -61,16 +62,20 @@ def test_corrected_crystals_are_nearer_to_the_true_ones(of: str, better: float, 
 
 def test_the_error_of_a_latent_is_that_of_the_crystal_encoded_again(cells: tuple[Codec, list[Crystal]]) -> None:
     codec, crystals = cells
-    latents = encode(codec, crystals[:12])
+    latents = encode(codec, crystals[:10])
     first, found = decoded(codec, latents, 0), decoded(codec, latents, 16)
     of_first = codec.posterior([item.crystal for item in first if item.crystal is not None])
     again = codec.posterior([item.crystal for item in found if item.crystal is not None])
     errors = ((again.mean - latents).square() / of_first.log_variance.exp()).mean(1).sqrt()
     before = ((of_first.mean - latents).square() / of_first.log_variance.exp()).mean(1).sqrt()
-    assert [item.latent_error for item in first] == [None] * 12
+    assert [item.latent_error for item in first] == [None] * 10
     assert [item.latent_error for item in found] == pytest.approx(errors.tolist(), rel=1e-3, abs=1e-4)
     assert (errors <= before + 1e-4).all()
     assert errors.median() < 0.4 * before.median()
+    # More turns leave the best of fewer.
+    turns = [[item.latent_error for item in decoded(codec, latents, n)] for n in (1, 2, 4)]
+    for fewer, more in pairwise([*turns, [item.latent_error for item in found]]):
+        assert all(a is not None and b is not None and b <= a for a, b in zip(fewer, more, strict=True))
 
 
 def test_a_crystal_far_from_its_latent_is_said_to_be_far(perovskites: tuple[Codec, list[Crystal]]) -> None:
@@ -119,16 +124,25 @@ def test_latents_of_no_crystal_keep_their_reasons(perovskites: tuple[Codec, list
     assert decoded(codec, latents[:0], 4) == []
 
 
-def test_grids_may_have_another_shape_than_their_cells(cells: tuple[Codec, list[Crystal]]) -> None:
+def test_a_cell_decoded_beyond_the_limit_of_its_grid_is_encoded_on_that_grid(cells: tuple[Codec, list[Crystal]]) -> None:
+    """Cells whose longest edge is a hair shorter than what takes four voxels more."""
     codec, crystals = cells
-    crystal = crystals[0]
-    usual = posterior(codec, [crystal])
-    (shape,) = codec.shapes(usual.mean)
-    assert not isinstance(shape, str)
-    assert torch.equal(posterior(codec, [crystal], shapes=[shape]).mean, usual.mean)
-    larger = shape[0] + 4, shape[1], shape[2]
-    other = posterior(codec, [crystal], shapes=[larger]).mean
-    assert codec.shapes(other) == [larger]
+    step_A = codec.model.grid.multiple * codec.model.grid.max_spacing_A
+    scaled = []
+    for crystal in crystals:
+        edge = np.linalg.norm(crystal.lattice_A, axis=1).max()
+        limit = step_A * round(edge / step_A)
+        if abs(limit / edge - 1) < 0.06:
+            scaled.append(replace(crystal, lattice_A=crystal.lattice_A * (limit * (1 - 1e-6) / edge)))
+    latents = encode(codec, scaled)
+    shapes = [grid_shape(crystal.lattice_A, codec.model.grid) for crystal in scaled]
+    beyond = [
+        item.crystal is not None and grid_shape(item.crystal.lattice_A, codec.model.grid) != shape
+        for item, shape in zip(decoded(codec, latents, 0), shapes, strict=True)
+    ]
+    assert any(beyond)
+    found = decoded(codec, latents, 4)
+    assert all(item.latent_error is not None and item.latent_error < 0.3 for item in found)
 
 
 def test_samples_that_only_corrections_make_of_their_atoms_are_not_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,10 +159,3 @@ def test_samples_that_only_corrections_make_of_their_atoms_are_not_drawn_again(m
     assert right[1] > right[0]
     for item, other in zip(plain, found, strict=True):
         assert torch.equal(item.latent_L, other.latent_L)
-
-
-def test_a_crystal_that_a_grid_cannot_hold_is_told(perovskites: tuple[Codec, list[Crystal]]) -> None:
-    codec, crystals = perovskites
-    long = Crystal("long", crystals[0].lattice_A * 4, crystals[0].frac_N3, crystals[0].numbers_N)
-    with pytest.raises(CrystalError, match="spacing"):
-        posterior(codec, [long])
