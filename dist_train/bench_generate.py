@@ -85,7 +85,7 @@ def _one_by_one(codec: Codec, task: str, inputs: list[str], n: int, out: Path) -
 
     spec, ids = codec.model.grid, [f"crystal-{i:05d}" for i in range(n)]
     if task == "sample":
-        found = stage("drawing, decoding, encoding, decoding", lambda: samples(codec, ids, 0, corrections=CORRECTIONS))
+        found = stage("drawing, decoding, encoding, decoding", lambda: samples(codec, ids, 0))
         decoded = [item.decoded for item in found]
     else:
         crystals = stage("reading", lambda: [representable(crystal, spec) for crystal in read_crystals(inputs, spec)])

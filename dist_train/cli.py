@@ -565,7 +565,8 @@ def _add_generate(verbs: Verbs) -> None:
         _record_option(verb)
         verb.add_argument("--out", type=Path, required=True, help="output folder; generated crystals in it are replaced")
         _GENERATE.get(action, lambda verb: None)(verb)
-        _corrections_option(verb)
+        if action != "sample":  # samples are redrawn instead
+            _corrections_option(verb)
         _finish_options(verb)
     parser.set_defaults(run=_generate)
 

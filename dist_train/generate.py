@@ -231,45 +231,38 @@ class Sample(NamedTuple):
 
 
 def samples(
-    codec: Codec,
-    ids: Sequence[str],
-    seed: int,
-    workers: int = 1,
-    progress: Callable[[int], None] = lambda n: None,
-    corrections: int = 0,
+    codec: Codec, ids: Sequence[str], seed: int, workers: int = 1, progress: Callable[[int], None] = lambda n: None
 ) -> list[Sample]:
     """A sample for each id; same seed, same samples, however many.
 
     A prior that draws atoms first is taken at its word: the decoder is told of them, and the sample is the latent of the
-    crystal it makes. Where that one decodes to other atoms, so with `corrections` too (see `decode`), another is drawn,
-    `ATTEMPTS` times at most: then the last one stays. progress(n): n more are done.
+    crystal it makes. Where that one decodes to other atoms, another is drawn, `ATTEMPTS` times at most: then the last one
+    stays. progress(n): n more are done.
     """
     found: list[Sample] = []
     for start in range(0, len(ids), SAMPLED):
         places = range(start, min(start + SAMPLED, len(ids)))
-        found += _samples(codec, ids, seed, workers, places, corrections)
+        found += _samples(codec, ids, seed, workers, places)
         progress(len(places))
     return found
 
 
-def _samples(
-    codec: Codec, ids: Sequence[str], seed: int, workers: int, places: Sequence[int], corrections: int
-) -> list[Sample]:
+def _samples(codec: Codec, ids: Sequence[str], seed: int, workers: int, places: Sequence[int]) -> list[Sample]:
     """Those at some places of all."""
     found, waiting = dict[int, Sample](), list(places)
     for attempt in range(ATTEMPTS):
         latent_NL, atoms_NE = draw(codec, len(ids), seed, workers, attempt, waiting)
         if atoms_NE is not None:
-            latent_NL = torch.stack([row.again_L for row in returned(codec, latent_NL, atoms_NE, workers)])
-        for times in (0, corrections) if corrections else (0,):  # most are right at once
-            decoded = list(decode(codec, latent_NL, [ids[place] for place in waiting], workers, corrections=times))
-            found.update(zip(waiting, map(Sample, latent_NL, decoded), strict=True))
-            if atoms_NE is None:
-                return [found[place] for place in places]
-            wrong = [row for row, item in enumerate(decoded) if not _made_of(codec, item, atoms_NE[row])]
-            waiting, latent_NL, atoms_NE = [waiting[row] for row in wrong], latent_NL[wrong], atoms_NE[wrong]
-            if not waiting:
-                return [found[place] for place in places]
+            for row, drawn in enumerate(returned(codec, latent_NL, atoms_NE, workers)):
+                latent_NL[row] = drawn.again_L
+        decoded = list(decode(codec, latent_NL, [ids[place] for place in waiting], workers))
+        found.update(zip(waiting, map(Sample, latent_NL, decoded), strict=True))
+        if atoms_NE is None:
+            break
+        rows = zip(waiting, decoded, atoms_NE, strict=True)
+        waiting = [place for place, item, atoms_E in rows if not _made_of(codec, item, atoms_E)]
+        if not waiting:
+            break
     return [found[place] for place in places]
 
 

@@ -77,7 +77,7 @@ def answer(codec: Codec, table: Mapping[str, Sequence[object]], params: dict[str
     if (number := wanted.get(asked.task, len(rows))) > MAX_ROWS:
         raise ModelError(f"{asked.task} would give {number} crystals, at most {MAX_ROWS} can be had: send several requests")
     if asked.task == "sample":
-        drawn = samples(codec, [f"row-{place}" for place in range(asked.n)], asked.seed, corrections=asked.corrections)
+        drawn = samples(codec, [f"row-{place}" for place in range(asked.n)], asked.seed)
         return _columns([sample.latent_L for sample in drawn], [sample.decoded for sample in drawn])
     if asked.task == "interpolate":
         if len(rows) < 2:

@@ -18,7 +18,7 @@ from dist_train.crystal.decode import Decoded
 from dist_train.crystal.frames import grid_shape, representable
 from dist_train.crystal.metrics import compare
 from dist_train.crystal.structure import Crystal
-from dist_train.generate import FAR, decode, encode, samples
+from dist_train.generate import FAR, decode, encode
 from dist_train.models.export import read_bundle
 from dist_train.models.reconstruct import Codec
 
@@ -145,17 +145,11 @@ def test_a_cell_decoded_beyond_the_limit_of_its_grid_is_encoded_on_that_grid(cel
     assert all(item.latent_error is not None and item.latent_error < 0.3 for item in found)
 
 
-def test_samples_that_only_corrections_make_of_their_atoms_are_not_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    codec, _ = known("mp_20", "mp_20_val_2000", 0)
-    ids = [f"{place}" for place in range(12)]
-    monkeypatch.setattr(generate, "ATTEMPTS", 1)
-    drawn = generate.draw(codec, len(ids), seed=0)
-    assert drawn.atoms_NE is not None
-    plain, found = (samples(codec, ids, seed=0, corrections=turns) for turns in (0, 4))
-    right = [
-        sum(generate._made_of(codec, item.decoded, atoms_E) for item, atoms_E in zip(made, drawn.atoms_NE, strict=True))
-        for made in (plain, found)
-    ]
-    assert right[1] > right[0]
-    for item, other in zip(plain, found, strict=True):
-        assert torch.equal(item.latent_L, other.latent_L)
+def test_a_turn_that_leads_away_leaves_the_nearest_crystal(
+    perovskites: tuple[Codec, list[Crystal]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec, crystals = perovskites
+    latents = encode(codec, crystals)
+    monkeypatch.setattr(generate, "STEPS", (1.0, -20.0))
+    once, twice = ([item.latent_error for item in decoded(codec, latents, turns)] for turns in (1, 2))
+    assert once == twice

@@ -102,7 +102,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     result = evaluate_model(codec, cases, training, options.workers, stages, options.corrections)
     with stages.stage("samples", options.samples + options.steps) as bar:
         ids = [f"sample-{place:03d}" for place in range(options.samples)]
-        drawn = samples(codec, ids, 0, processes(options.workers, len(ids)), bar.update, options.corrections)
+        drawn = samples(codec, ids, 0, processes(options.workers, len(ids)), bar.update)
         look = {"samples": [sample.decoded for sample in drawn], "interpolation": _way(codec, result, options)}
         bar.update(options.steps)
     with stages.stage("latents", len(result.held) + options.samples) as bar:

@@ -84,7 +84,8 @@ class GenerateOptions:
     as 'Ti=Zr'; scale: of the density; both `within` angstrom of the fractional coordinates `of`, or everywhere. perturb:
     distance in latent space, in standard deviations of the training crystals. screens: see `screens.SCREENS`; training:
     files, folders, archives, tables of crystals that aren't novel.
-    corrections: see `generate.decode`. symmetrize, relax, relax_steps: see `generated.Finish`. density: 'cube' or 'chgcar'.
+    corrections: see `generate.decode`; mere samples have none. symmetrize, relax, relax_steps: see `generated.Finish`.
+    density: 'cube' or 'chgcar'.
     """
 
     task: Task
@@ -348,8 +349,7 @@ def _sample(options: GenerateOptions, model: _Model, stages: Stages) -> Iterator
         return
     ids = [f"sample-{options.seed}-{place:05d}" for place in range(options.n)]
     with stages.stage("sample", options.n) as bar:
-        workers = processes(options.workers, options.n)
-        found = samples(model.codec, ids, options.seed, workers, bar.update, options.corrections)
+        found = samples(model.codec, ids, options.seed, processes(options.workers, options.n), bar.update)
     for id, sample in zip(ids, found, strict=True):
         yield _Asked(id, sample.latent_L, decoded=sample.decoded)
 
