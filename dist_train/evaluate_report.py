@@ -90,7 +90,7 @@ def write_evaluation_report(
             f"{exposure(metrics)}. {metrics['n_test']} crystals: {metrics['match_rate']:.1%} match, "
             + (f"{nearest:.1%} would with the nearest training crystal, " if nearest is not None else "")
             + f"{metrics['match_rate_codec_ceiling']:.1%} with the decoder fed the true grids; {misses(metrics)}. "
-            + f"{latent_space(metrics)}. {doubtful(metrics)}"
+            + " ".join(f"{line}." for line in (latent_space(metrics), doubtful(metrics)) if line)
         ),
         tables=(overview, *_breakdown(metrics), *([reasons] if reasons.rows else []), crystals),
         pairs=tuple(map(_pair, worst)),

@@ -53,8 +53,8 @@ def doubtful(metrics: dict[str, Any]) -> str:
     if not (found := metrics["latent_error"]):
         return ""
     return (
-        f"latent error, so without looking at the true crystal: median {found['median']:.2f}, beyond {found['far']:g} in "
-        f"{found['n_far']}, which are {found['n_far_missed']} of the {found['n_missed']} misses with a crystal"
+        f"Latent error: median {found['median']:.2f}, beyond {found['far']:g} in {found['n_far']} crystals, among them "
+        f"{found['n_far_missed']} of the {found['n_missed']} misses with a crystal"
     )
 
 

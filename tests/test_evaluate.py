@@ -107,7 +107,7 @@ def test_files_and_tables_with_crystals_that_cannot_be_read_or_held(
         len(far), len(far & missed), len(missed & set(errors)),
     ]  # fmt: skip
     printed = capsys.readouterr().out
-    assert f"beyond 1 in {len(far)}, which are {len(far & missed)} of the" in printed
+    assert f"beyond 1 in {len(far)} crystals, among them {len(far & missed)} of the" in printed
     assert "misses without a crystal: 2 that the model can't hold" in printed
     assert f"{found['data']['n_refused']} inputs could not be read" in printed
     page = (out / "report.html").read_text()
