@@ -121,6 +121,7 @@ def test_latents_of_no_crystal_keep_their_reasons(perovskites: tuple[Codec, list
     assert [item.reason for item in found] == [item.reason for item in plain]
     assert [item.crystal is None for item in found] == [True, False, True]
     assert [item.latent_error is None for item in found] == [True, False, True]
+    assert [item.reason for item in decoded(codec, latents[[0, 2]], 4)] == [plain[0].reason, plain[2].reason]
     assert decoded(codec, latents[:0], 4) == []
 
 
