@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice, repeat
+from itertools import islice
 from math import pi, prod
 
 import numpy as np
@@ -77,7 +77,7 @@ class Codec:
 
         Raises CrystalError for a crystal that the grid can't hold.
         """
-        grids = self._grids(crystals, shapes)
+        grids = self._grids(crystals, [None] * len(crystals) if shapes is None else shapes)
         cell = torch.from_numpy(cell_numbers(np.stack([crystal.lengths_angles for crystal in crystals])))
         found = torch.empty(2, len(crystals), self.model.model.latent_size, device=self.device)
         for places in _of_one([grid.shape for grid in grids]):
@@ -88,10 +88,10 @@ class Codec:
             found[:, places] = torch.stack(latent)[:, : len(places)]
         return Latent(*found)
 
-    def _grids(self, crystals: Sequence[Crystal], shapes: Sequence[Shape] | None) -> list[NDArray[np.float32]]:
+    def _grids(self, crystals: Sequence[Crystal], shapes: Sequence[Shape | None]) -> list[NDArray[np.float32]]:
         spec = self.model.grid
-        outs = repeat(None) if shapes is None else (VoxelGrid.empty(n_channels(spec), shape) for shape in shapes)
-        return [voxelize(self.centred(crystal), spec, out).density_CDHW for crystal, out in zip(crystals, outs)]
+        outs = [None if shape is None else VoxelGrid.empty(n_channels(spec), shape) for shape in shapes]
+        return [voxelize(self.centred(crystal), spec, out).density_CDHW for crystal, out in zip(crystals, outs, strict=True)]
 
     def centred(self, crystal: Crystal) -> Crystal:
         """The crystal; for a unit with its atoms in the middle of the cube, where `frames.placed` has them."""
