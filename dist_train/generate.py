@@ -38,7 +38,7 @@ CORRECTIONS, PATIENCE, CORRECTED = 16, 3, 256
 time."""
 EXACT, FAR = 0.05, 1.0
 """Errors of latents, in standard deviations of the posterior, below which nothing is left to correct, and beyond which a
-crystal is probably another one."""
+crystal may be another one."""
 FAR_STEP, STEPS = 0.25, (1.0, 0.5)
 """Shares of what a crystal lacks that its latent is corrected by: far away, and in turns near by. Far away larger steps lose
 some of the crystals, and near by whole ones alone go round in circles."""

@@ -49,7 +49,7 @@ def latent_space(metrics: dict[str, Any]) -> str:
 
 
 def doubtful(metrics: dict[str, Any]) -> str:
-    """How many crystals are probably not the ones meant, by their own latents, and how many of the misses these are."""
+    """How many crystals may be others than those meant, by their own latents, and how many of the misses are among these."""
     if not (found := metrics["latent_error"]):
         return ""
     return (

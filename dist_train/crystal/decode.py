@@ -87,7 +87,7 @@ class Decoded:
     """crystal: None where nothing could be decoded, and then `reason` says why; confidence_N: [N] votes' share, 0-1.
 
     latent_error: how far its own latent lies from the one that it was decoded from, root mean square in standard deviations
-    of the posterior; beyond 1 it is probably not the crystal meant. None where nobody looked.
+    of the posterior; below 1 it is nearly always the crystal meant, beyond that nobody knows. None where nobody looked.
     """
 
     crystal: Crystal | None
