@@ -16,12 +16,11 @@ from dist_train.bench import Row
 from dist_train.commands.generation import GenerateOptions, Task, generate
 from dist_train.commands.models import load_codec, read_crystals, write_cifs
 from dist_train.crystal.cif import write_cif
-from dist_train.crystal.decode_box import decode_frame
 from dist_train.crystal.frames import representable
 from dist_train.crystal.parquet import read_parquet_rows, write_parquet
 from dist_train.crystal.structure import Crystal
 from dist_train.errors import DataError
-from dist_train.generate import CORRECTIONS, DECODED, decode, encode, samples
+from dist_train.generate import CORRECTIONS, decode, encode, samples
 from dist_train.generated import Finish, finished, result_of
 from dist_train.models.export import SUMS_NAME
 from dist_train.models.reconstruct import Codec
@@ -90,11 +89,7 @@ def _one_by_one(codec: Codec, task: str, inputs: list[str], n: int, out: Path) -
     else:
         crystals = stage("reading", lambda: [representable(crystal, spec) for crystal in read_crystals(inputs, spec)])
         latents, ids = stage("encoding", lambda: encode(codec, crystals)), ids[: len(crystals)]
-        parts = [slice(start, start + DECODED) for start in range(0, len(ids), DECODED)]
-        fields = stage("networks", lambda: [item for part in parts for item in codec.decodable(latents[part], ids[part])])
-        stage("decoding to atoms", lambda: [decode_frame(item, spec, codec.channel) for item in fields])
-        decoded = stage("corrections", lambda: list(decode(codec, latents, ids, corrections=CORRECTIONS)))
-        seconds["corrections"] -= seconds["networks"] + seconds["decoding to atoms"]  # what was decoded first
+        decoded = stage("decoding, correcting", lambda: list(decode(codec, latents, ids, corrections=CORRECTIONS)))
     results = [result_of(id, item) for id, item in zip(ids, decoded, strict=True)]
     stage("symmetry and CIF texts with it", lambda: finished(results, Finish(), Stages(len(ids) + 1)))
     texts = stage("CIF texts", lambda: [write_cif(item.crystal) for item in decoded if item.crystal is not None])

@@ -67,7 +67,7 @@ def test_bench_generate_tells_the_time_of_each_stage(
         assert row["ratio"] == pytest.approx(row["value"] / row["reference"])
         assert sum(stage["value"] for stage in stages) == pytest.approx(1e3 / row["reference"])
         names = " ".join(stage["case"] for stage in stages)
-        own = "drawing, decoding, encoding, decoding" if row["case"].startswith("sample") else "decoding to atoms"
+        own = "drawing, decoding, encoding, decoding" if row["case"].startswith("sample") else "decoding, correcting"
         assert all(name in names for name in (own, "CIF texts", "files"))
         assert min(stage["value"] for stage in stages) >= 0.0
 
