@@ -21,7 +21,7 @@ from dist_train.crystal.metrics import PairMetrics, compare_all, summarise
 from dist_train.crystal.parallel import parallel_map
 from dist_train.crystal.structure import Crystal
 from dist_train.crystal.symmetry import SYSTEMS, UNKNOWN
-from dist_train.generate import CORRECTIONS, decode, posterior
+from dist_train.generate import decode, posterior
 from dist_train.models.autoencoder import cell_numbers
 from dist_train.models.reconstruct import Codec
 from dist_train.models.vae import Latent
@@ -83,12 +83,7 @@ class Evaluation:
 
 
 def evaluate(
-    codec: Codec,
-    cases: Sequence[Case],
-    training: Sequence[Crystal],
-    workers: int,
-    stages: Stages,
-    corrections: int = CORRECTIONS,
+    codec: Codec, cases: Sequence[Case], training: Sequence[Crystal], workers: int, stages: Stages, corrections: int
 ) -> Evaluation:
     """Reconstruct the cases and compare all systems with the truth: networks in this process, the rest over `workers`.
 
