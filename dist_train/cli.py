@@ -494,7 +494,8 @@ def _add_fit_prior(verbs: Verbs) -> None:
     _source_options(parser)
     parser.add_argument("--split", help="split of the shards; without it, train")
     parser.add_argument("--out", type=Path, required=True, help="bundle to write; may be that of --model")
-    for name, what in (("width", "of the flow's layers"), ("depth", "blocks of the flow"), ("steps", "of the training")):
+    sizes = {"width": "of the flows' layers", "depth": "blocks of each flow", "steps": "of the training of each"}
+    for name, what in sizes.items():
         parser.add_argument(f"--{name}", type=_positive, help=f"{what}; without it, as the model's run had it")
     parser.add_argument(
         "--temperature", type=_positive_float,

@@ -476,13 +476,14 @@ class PriorConfig(Section):
 
     kind: Literal["flow", "gaussian"] = "flow"
     """'gaussian': one of full covariance. 'flow': small networks that draw a composition, and carry noise to a latent of
-    such a crystal (see `models.flow`)."""
+    such a crystal (see `models.flow`; latents with a grid in two steps, see `models.grid_flow`)."""
     width: Count = 384
-    """Of the flow's layers."""
+    """Of the flows' layers."""
     depth: Count = 3
-    """Blocks of the flow."""
+    """Blocks of each flow."""
     steps: Count = 2000
-    """Of the training of each, the flow's on batches of 512 latents: about three minutes on one CPU core."""
+    """Of the training of each, the flows' on batches of 512 latents: about three minutes on one CPU core, and as much again
+    for grids."""
     temperature: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Of the compositions drawn: 1 as often as they were learnt to occur; below, likely ones more often."""
 

@@ -16,13 +16,15 @@ from torch import Tensor
 
 from dist_train.crystal.decode import Decoded, Fields
 from dist_train.crystal.decode_box import decode_frame
-from dist_train.crystal.frames import representable
+from dist_train.crystal.frames import grid_shape, representable
 from dist_train.crystal.parallel import in_order, parallel_map
 from dist_train.crystal.structure import Crystal
 from dist_train.crystal.voxelize import Shape
 from dist_train.errors import CrystalError
+from dist_train.models.autoencoder import USUAL_EDGE
+from dist_train.models.flow import LatentFlow
 from dist_train.models.reconstruct import Codec, filled
-from dist_train.models.vae import Latent
+from dist_train.models.vae import Latent, latent_shape
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -30,12 +32,14 @@ R = TypeVar("R")
 ENCODED, DECODED, FLOWED, SAMPLED = 32, 128, 256, 1024
 """Crystals that the encoder, the decoder and the flow are given at a time, and samples between two words of progress. Of
 adaptive grids few have the same shape."""
-ATTEMPTS, ANEW = 6, 1_000_003
-"""Of a sample to be made of the atoms that were drawn for it, and how far apart the seeds of these attempts are. Of a seed,
-torch takes the last 32 bits."""
+ATTEMPTS, COMPOSITIONS, ANEW = 6, 3, 1_000_003
+"""Of a sample to be made of the atoms that were drawn for it; how often atoms are drawn; and how far apart the seeds of
+these attempts are. Of a seed, torch takes the last 32 bits."""
 CORRECTIONS, PATIENCE, CORRECTED = 16, 3, 256
 """How often a crystal is corrected at most, where nobody says otherwise; how often in vain, where it is near; how many at a
 time."""
+OTHER, TOLD, ALONE = range(3)
+"""Whether a sample is made of the atoms drawn for it: not; when the decoder is told of them; when of the latent alone."""
 EXACT, FAR = 0.05, 1.0
 """Errors of latents, in standard deviations of the posterior, below which nothing is left to correct, and beyond which a
 crystal may be another one."""
@@ -62,14 +66,20 @@ def posterior(
     shapes: Sequence[Shape] | None = None,
 ) -> Latent:
     """The same with the variances; shapes: of the crystals' grids, where they aren't those of their cells."""
-    empty = torch.empty(0, codec.model.model.latent_size, device=codec.device)
-    found = [Latent(empty, empty)]
-    parts = [slice(start, start + ENCODED) for start in range(0, len(crystals), ENCODED)]
-    batches = ((crystals[part], None if shapes is None else shapes[part]) for part in parts)
-    for part in _by_networks(codec, lambda batch: codec.posterior(*batch), batches, workers):
-        found.append(part)
-        progress(len(part.mean))
-    return Latent(*(torch.cat(part) for part in zip(*found, strict=True)))
+    of_each = shapes or [grid_shape(crystal.lattice_A, codec.model.grid) for crystal in crystals]
+    # Those of one shape together: networks take as long for few crystals of a shape as for many.
+    order = sorted(range(len(crystals)), key=lambda place: of_each[place])
+    batches = [order[start : start + ENCODED] for start in range(0, len(order), ENCODED)]
+
+    def encoded(places: list[int]) -> Latent:
+        here = None if shapes is None else [shapes[place] for place in places]
+        return codec.posterior([crystals[place] for place in places], here)
+
+    found = torch.empty(2, len(crystals), codec.model.model.latent_size, device=codec.device)
+    for places, part in zip(batches, _by_networks(codec, encoded, batches, workers), strict=True):
+        found[:, places] = torch.stack(part)
+        progress(len(places))
+    return Latent(*found)
 
 
 def decode(
@@ -200,31 +210,46 @@ def draw(
 ) -> Draws:
     """What was fitted to the training crystals' latents, the bundle's flow or else a Gaussian. Same seed, same draws.
 
-    attempt: others of the same seed; places: of these draws alone, of n.
+    attempt: other latents of the same seed, `ATTEMPTS` times for the same atoms, then for others; places: of these draws
+    alone, of n.
     """
-    model, seed = codec.model, seed + attempt * ANEW
-    generator = torch.Generator().manual_seed(seed % 2**63)
-    chosen = torch.tensor(range(n) if places is None else places, dtype=torch.int64)
+    model, chosen = codec.model, torch.tensor(range(n) if places is None else places, dtype=torch.int64)
+    generator = torch.Generator().manual_seed((seed + attempt * ANEW) % 2**63)
     normal = torch.randn(n, model.model.latent_size, generator=generator)[chosen]
     noise = torch.split(filled(normal).to(codec.device), FLOWED)
     atoms: list[Tensor] = []
     if model.flow and (known := model.flow.compositions):
-        of_atoms = torch.Generator().manual_seed((seed + 1) % 2**63)
+        of_atoms = torch.Generator().manual_seed((seed + 1 + attempt // ATTEMPTS * ANEW) % 2**63)
         uniform = filled(torch.rand(n, known.most_elements + 1, 2, generator=of_atoms)[chosen]).to(codec.device)
         atoms = list(_by_networks(codec, known.draw, torch.split(uniform, FLOWED), workers))
-
-    def carried(part: tuple[Tensor, Tensor | None]) -> Tensor:
-        if model.flow is None:
-            return part[0] @ model.prior_cholesky.float().T
-        return model.latent_scale * model.flow.carry(*part)
-
-    found = list(_by_networks(codec, carried, zip(noise, atoms or repeat(None)), workers))
-    latents = (model.prior_mean.float() + torch.cat(found)[: len(chosen)]).cpu()
+    found = list(_by_networks(codec, partial(_carried, codec), zip(noise, atoms or repeat(None)), workers))
+    latents = torch.cat(found)[: len(chosen)].cpu()
     return Draws(latents, torch.cat(atoms)[: len(chosen)].cpu() if atoms else None)
 
 
+@torch.inference_mode()
+def _carried(codec: Codec, part: tuple[Tensor, Tensor | None]) -> Tensor:
+    """Latents of noise, and of the atoms that crystals are to be made of."""
+    (noise_BL, atoms_BE), model = part, codec.model
+    if model.flow is None:
+        return model.prior_mean.float() + noise_BL @ model.prior_cholesky.float().T
+    centre_L, scale, n = model.flow_centre(model.flow.n_centred), model.latent_scale, model.model.latent
+    if isinstance(model.flow, LatentFlow):
+        return centre_L + scale * model.flow.carry(noise_BL, atoms_BE)
+
+    def coarse(vector_BV: Tensor) -> list[Shape]:
+        """A vector of no cell has a grid, too, which nobody will look at."""
+        assert model.model.latent_voxels is not None
+        cube = (USUAL_EDGE,) * 3
+        shapes = [cube if isinstance(s, str) else s for s in codec.shapes(centre_L[:n] + scale * vector_BV)]
+        return [latent_shape(shape, model.model.latent_voxels) for shape in shapes]
+
+    assert atoms_BE is not None
+    return centre_L + scale * model.flow.carry(noise_BL, atoms_BE, coarse)
+
+
 class Sample(NamedTuple):
-    """latent_L and the crystal that it decodes to."""
+    """latent_L and the crystal that it is of."""
 
     latent_L: Tensor
     decoded: Decoded
@@ -235,9 +260,10 @@ def samples(
 ) -> list[Sample]:
     """A sample for each id; same seed, same samples, however many.
 
-    A prior that draws atoms first is taken at its word: the decoder is told of them, and the sample is the latent of the
-    crystal it makes. Where that one decodes to other atoms, another is drawn, `ATTEMPTS` times at most: then the last one
-    stays. progress(n): n more are done.
+    A prior that draws atoms first is taken at its word: the decoder is told of them, and the crystal that it makes is
+    encoded again. That latent is the sample where the decoder, told of nothing else, makes a crystal of the same atoms of
+    it. If not, another one is drawn for these atoms, `ATTEMPTS` times at most: then a crystal stays that the decoder made of
+    them when it was told. Where it never made one, other atoms are drawn. progress(n): n more are done.
     """
     found: list[Sample] = []
     for start in range(0, len(ids), SAMPLED):
@@ -249,21 +275,35 @@ def samples(
 
 def _samples(codec: Codec, ids: Sequence[str], seed: int, workers: int, places: Sequence[int]) -> list[Sample]:
     """Those at some places of all."""
-    found, waiting = dict[int, Sample](), list(places)
-    for attempt in range(ATTEMPTS):
-        latent_NL, atoms_NE = draw(codec, len(ids), seed, workers, attempt, waiting)
-        if atoms_NE is not None:
-            for row, drawn in enumerate(returned(codec, latent_NL, atoms_NE, workers)):
-                latent_NL[row] = drawn.again_L
-        decoded = list(decode(codec, latent_NL, [ids[place] for place in waiting], workers))
-        found.update(zip(waiting, map(Sample, latent_NL, decoded), strict=True))
-        if atoms_NE is None:
-            break
-        rows = zip(waiting, decoded, atoms_NE, strict=True)
-        waiting = [place for place, item, atoms_E in rows if not _made_of(codec, item, atoms_E)]
+    found = dict[int, tuple[int, Sample]]()
+    waiting = list[int]()
+    for attempt in range(ATTEMPTS * COMPOSITIONS):
+        if attempt % ATTEMPTS == 0:
+            waiting = [place for place in places if place not in found or found[place][0] == OTHER]
         if not waiting:
             break
-    return [found[place] for place in places]
+        drawn, named = draw(codec, len(ids), seed, workers, attempt, waiting), [ids[place] for place in waiting]
+        for place, new in zip(waiting, _attempt(codec, drawn, named, workers), strict=True):
+            found[place] = max(found.get(place, new), new, key=lambda item: item[0])  # of equals, the first
+        waiting = [place for place in waiting if found[place][0] < ALONE]
+    return [found[place][1] for place in places]
+
+
+def _attempt(codec: Codec, drawn: Draws, ids: Sequence[str], workers: int) -> list[tuple[int, Sample]]:
+    """A sample of each draw, and whether it is made of the atoms drawn: OTHER, TOLD or ALONE."""
+    latent_NL, atoms_NE = drawn
+    if atoms_NE is None:
+        return [(ALONE, Sample(*item)) for item in zip(latent_NL, decode(codec, latent_NL, ids, workers), strict=True)]
+    rows = returned(codec, latent_NL, atoms_NE, workers, ids)
+    made = [row for row, atoms_E in enumerate(atoms_NE) if _made_of(codec, rows[row].decoded, atoms_E)]
+    found = [(TOLD if row in made else OTHER, Sample(item.again_L, item.decoded)) for row, item in enumerate(rows)]
+    if made:
+        again_ML = torch.stack([rows[row].again_L for row in made])
+        decoded = decode(codec, again_ML, [ids[row] for row in made], workers)
+        for row, again_L, item in zip(made, again_ML, decoded, strict=True):
+            if _made_of(codec, item, atoms_NE[row]):
+                found[row] = ALONE, Sample(again_L, item)
+    return found
 
 
 def _made_of(codec: Codec, decoded: Decoded, atoms_E: Tensor) -> bool:
@@ -285,13 +325,15 @@ class Returned(NamedTuple):
     again_L: Tensor
 
 
-def returned(codec: Codec, latent_NL: Tensor, atoms_NE: Tensor | None = None, workers: int = 1) -> list[Returned]:
+def returned(
+    codec: Codec, latent_NL: Tensor, atoms_NE: Tensor | None = None, workers: int = 1, ids: Sequence[str] | None = None
+) -> list[Returned]:
     """What latents decode to, encoded again; the latent itself where there is no crystal that the grid holds.
 
-    atoms_NE: see `decode`.
+    atoms_NE: see `decode`; ids: of the crystals, without them their places.
     """
     rows, held = [], {}
-    decoded = decode(codec, latent_NL, [f"{place}" for place in range(len(latent_NL))], workers, atoms_NE)
+    decoded = decode(codec, latent_NL, ids or [f"{place}" for place in range(len(latent_NL))], workers, atoms_NE)
     for place, (latent_L, item) in enumerate(zip(latent_NL, decoded, strict=True)):
         if item.crystal is not None:
             try:

@@ -52,10 +52,13 @@ def test_samples_are_made_of_what_the_crystals_are_made_of(fitted: Path) -> None
 
 def test_all_but_the_prior_is_as_it_was(fitted: Path) -> None:
     before, after = (load_file(folder / "model.safetensors") for folder in (MODEL, fitted))
+    small = {name for name, value in after.items() if value.dtype == torch.int8}
+    assert small == {name.removesuffix(".scale") for name in after if name.endswith(".scale")}
+    assert all(name.startswith("flow.") for name in small)
+    assert {value.dtype for name, value in after.items() if not name.startswith("flow.")} == {torch.float16}
     changed = {name for name in before if name not in after or not torch.equal(before[name], after[name])}
     assert all(name.startswith(("flow.", "prior_")) for name in changed | (after.keys() - before.keys()))
     assert {"prior_mean", "prior_cholesky"} <= changed
-    assert {value.dtype for value in after.values()} == {torch.float16}
     heads = read_properties(fitted)
     assert heads is not None and heads.properties
     assert (fitted / "run.yaml").read_bytes() == (MODEL / "run.yaml").read_bytes()

@@ -16,7 +16,7 @@ from dist_train.commands.models import bundle_folder, read_many, read_split, see
 from dist_train.config import GridSpec, PriorConfig
 from dist_train.crystal.case import unknown_elements
 from dist_train.crystal.digest import digest, digests_near
-from dist_train.crystal.frames import representable
+from dist_train.crystal.frames import grid_shape, representable
 from dist_train.crystal.parallel import parallel_map
 from dist_train.crystal.structure import Crystal
 from dist_train.errors import ConfigError, CrystalError, DataError
@@ -26,13 +26,14 @@ from dist_train.models.autoencoder import composition_vector
 from dist_train.models.compositions import fit_compositions
 from dist_train.models.export import check_place, read_bundle, replace_prior, training_digests
 from dist_train.models.flow import Pairs, fit_flow
+from dist_train.models.grid_flow import fit_grid_flow
 from dist_train.models.reconstruct import Codec
-from dist_train.models.vae import Latent
-from dist_train.progress import Stages
+from dist_train.models.vae import Latent, latent_shape
+from dist_train.progress import Progress, Stages
 from dist_train.shards.index import Index
 
-MOST_LATENTS = 20_000
-"""Crystals that are encoded for the flow: some minutes of one core."""
+MOST_LATENTS = 100_000
+"""Crystals that are encoded for the flow: a few minutes of one core."""
 
 
 def fit_prior(
@@ -57,14 +58,23 @@ def fit_prior(
     atoms_NE = torch.from_numpy(np.stack([composition_vector(crystal)[elements] for crystal in crystals])).to(codec.device)
     with stages.stage("compositions", settings.steps, "steps") as bar:
         compositions = fit_compositions(
-            atoms_NE, elements, settings.steps, seed, lambda error: bar.update(error=f"{error:.2f}"), settings.temperature
+            atoms_NE, elements, settings.steps, seed, partial(_told, bar), settings.temperature
         )
-    scaled = Latent((centred / model.latent_scale).float().to(codec.device), found.log_variance - 2 * ln(model.latent_scale))
-    with stages.stage("prior", settings.steps, "steps") as bar:
-        model.flow = fit_flow(
-            Pairs(scaled, atoms_NE[chosen]), compositions, settings.width, settings.depth, settings.steps, seed,
-            lambda error: bar.update(error=f"{error:.3f}"),
-        )  # fmt: skip
+    voxels, n_vector = model.model.latent_voxels, model.model.latent
+    centre_L, scale = model.flow_centre(n_vector if voxels else model.model.latent_size), model.latent_scale
+    pairs = Pairs(Latent((found.mean - centre_L) / scale, found.log_variance - 2 * ln(scale)), atoms_NE[chosen])
+    network = settings.width, settings.depth, settings.steps, seed
+    with stages.stage("prior", settings.steps * (2 if voxels else 1), "steps") as bar:
+        told = partial(_told, bar)
+        if voxels is None:
+            model.flow = fit_flow(pairs, compositions, *network, told)
+            return
+        shapes = [latent_shape(grid_shape(crystals[place].lattice_A, model.grid), voxels) for place in chosen]
+        model.flow = fit_grid_flow(pairs, shapes, n_vector, model.model.latent_channels, compositions, *network, told)
+
+
+def _told(bar: Progress, error: float) -> None:
+    bar.update(error=f"{error:.3f}")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ def release(run_dir: Path, out: Path, evaluation: Path | None) -> str:
         if not (evaluation / "metrics.json").is_file():
             raise DataError(f"{evaluation} holds no metrics.json: give the folder of a finished dist-train evaluate")
         files["evaluation.json"] = (evaluation / "metrics.json").read_bytes()
-    half = {name: weight.half() for name, weight in network.state_dict().items()}
+    half = export.compact(network.state_dict())
     write_bundle(out, network, half, config["about"], training_digests(run_dir / "bundle"), files)
     if (heads := export.read_properties(run_dir / "bundle")) is not None:
         export.add_properties(out, out, heads, config["properties"])

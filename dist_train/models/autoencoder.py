@@ -17,6 +17,7 @@ from dist_train.crystal.voxelize import Shape, n_channels
 from dist_train.errors import ModelError
 from dist_train.models.blocks import Style
 from dist_train.models.flow import LatentFlow
+from dist_train.models.grid_flow import GridFlow
 from dist_train.models.unet import AttentionUNet
 from dist_train.models.vae import N_CELL, N_SHAPE, Decoder, Decoding, Encoder, Latent
 
@@ -116,13 +117,17 @@ class CrystalAutoencoder(nn.Module):
         self.register_buffer("prior_cholesky", torch.eye(model.latent_size))
         self.estimate_errors: EstimateErrors | None = None
         """Measured after training."""
-        self.flow: LatentFlow | None = None
-        """From noise to latents over `latent_scale`, the Gaussian's mean taken away; fitted after training, too."""
+        self.flow: LatentFlow | GridFlow | None = None
+        """From noise to latents over `latent_scale`; fitted after training, too."""
 
     @property
     def latent_scale(self) -> float:
         """Root mean square of the training crystals' latents around their mean."""
         return float((self.prior_cholesky.square().sum() / len(self.prior_cholesky)).sqrt())
+
+    def flow_centre(self, n_centred: int) -> Tensor:
+        """[latent_size] the latent that is 0 to a flow: the Gaussian's mean, of the first numbers alone."""
+        return self.prior_mean.float() * (torch.arange(len(self.prior_mean), device=self.prior_mean.device) < n_centred)
 
     def encode(self, density_BCDHW: Tensor, cell_B6: Tensor) -> Latent:
         """Posterior of standardised inputs; the grids may have any shape that `RunConfig.check_halvings` takes."""
@@ -171,7 +176,11 @@ class CrystalAutoencoder(nn.Module):
         if errors := config.get("estimate_errors"):
             model.estimate_errors = EstimateErrors(**errors)
         if flow := config.get("flow"):
-            model.flow = LatentFlow.from_config(model.model.latent_size, model.elements, flow)
+            model.flow = (
+                GridFlow.from_config(model.model.latent, model.elements, flow)
+                if "shapes" in flow
+                else LatentFlow.from_config(model.model.latent_size, model.elements, flow)
+            )
         return model
 
 

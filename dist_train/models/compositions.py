@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import log
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,16 @@ class CompositionModel(nn.Module):
         self.register_buffer("log_share", torch.tensor([NEVER] + [-log(largest)] * largest))
         self.element = _network(2 * n + 2, n)
         self.number = _network(3 * n + 2, most_atoms)
+
+    def config(self) -> dict[str, Any]:
+        """As part of a flow's config: everything but the weights and the elements."""
+        return {"compositions": {name: getattr(self, name) for name in ("most_elements", "most_atoms", "temperature")}}
+
+    @classmethod
+    def from_config(cls, elements: Sequence[int], config: dict[str, Any]) -> CompositionModel | None:
+        """Inverse of `config`, with fresh weights; None where a flow has none."""
+        told = config.get("compositions")
+        return cls(elements, **told) if told else None
 
     def count(self, atoms_NE: Tensor) -> None:
         """Take the shares of numbers of atoms in all from these compositions."""

@@ -29,10 +29,12 @@ from dist_train.files import check_writable, fsync, sha256
 from dist_train.models.autoencoder import CrystalAutoencoder
 from dist_train.models.properties import PropertyHeads
 
-FORMAT_VERSION, OLDEST_FORMAT = 2, 2
-"""Written, and the oldest that is read; 1 named the layers of the VAE otherwise."""
+FORMAT_VERSION, OLDEST_FORMAT = 3, 2
+"""Written, and the oldest that is read; 1 named the layers of the VAE otherwise, 2 knew no numbers of 8 bits."""
 WEIGHTS_NAME, CONFIG_NAME, SUMS_NAME = "model.safetensors", "config.json", "SHA256SUMS"
 DIGESTS_NAME, PROPERTIES_NAME = "training_digests.npy", "properties.safetensors"
+SCALE = ".scale"
+"""What is added to the name of a matrix of 8 bits a number for the scales of its rows."""
 
 
 def write_bundle(
@@ -80,17 +82,41 @@ def replace_prior(
     """Write the bundle of `folder` with the prior of `model`, which was read from it, as `out`, maybe the same folder.
 
     about, digests: in place of those there; files: others that are added or replaced, by their names. The weights keep
-    their precision. An `evaluation.json` is left out, as it tells of samples of the old prior.
+    their precision (see `compact`). An `evaluation.json` is left out, as it tells of samples of the old prior.
     """
     with _revised(folder, out) as copy:
-        (dtype,) = {value.dtype for value in load_file(copy / WEIGHTS_NAME).values()}
-        weights = {name: value.to(dtype).contiguous() for name, value in model.state_dict().items()}
-        save_file(weights, copy / WEIGHTS_NAME)
+        small = any(value.dtype == torch.float16 for value in load_file(copy / WEIGHTS_NAME).values())
+        weights = compact(model.state_dict()) if small else model.state_dict()
+        save_file({name: value.contiguous() for name, value in weights.items()}, copy / WEIGHTS_NAME)
         if digests is not None:
             np.save(copy / DIGESTS_NAME, digests, allow_pickle=False)
         (copy / "evaluation.json").unlink(missing_ok=True)
-        _change(copy, {"about": about, **model.config()}, files)
+        _change(copy, {"format_version": FORMAT_VERSION, "about": about, **model.config()}, files)
     return out
+
+
+def compact(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights in half precision, and the matrices of a prior's networks in 8 bits a number.
+
+    Each row of these has a scale of its own. A prior is most of a small model, and samples don't hang on its last digits.
+    """
+    found: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        if name.startswith("flow.") and weight.dim() == 2:
+            scale_R = weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+            found[name], found[name + SCALE] = (weight / scale_R[:, None]).round().to(torch.int8), scale_R
+        else:
+            found[name] = weight.half()
+    return found
+
+
+def _expanded(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inverse of `compact`, but for what was rounded."""
+    return {
+        name: weight if weight.dtype != torch.int8 else weight.float() * stored[name + SCALE][:, None]
+        for name, weight in stored.items()
+        if not name.endswith(SCALE)
+    }
 
 
 @contextmanager
@@ -165,7 +191,7 @@ def read_bundle(folder: Path) -> tuple[CrystalAutoencoder, dict[str, Any]]:
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced: leave the caller's numbers alone
         model = CrystalAutoencoder.from_config(config)
     try:
-        model.load_state_dict(load_file(folder / WEIGHTS_NAME))
+        model.load_state_dict(_expanded(load_file(folder / WEIGHTS_NAME)))
     except (SafetensorError, RuntimeError) as error:
         raise ModelError(
             f"bundle file {folder / WEIGHTS_NAME} doesn't hold the model's weights: {str(error).splitlines()[0]}"

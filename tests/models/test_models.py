@@ -24,7 +24,8 @@ from dist_train.models.autoencoder import (
     composition_gate,
 )
 from dist_train.models.blocks import Style
-from dist_train.models.export import read_bundle, start_from, write_bundle
+from dist_train.models.export import compact, read_bundle, start_from, write_bundle
+from dist_train.models.flow import LatentFlow
 from dist_train.models.losses import gaussian_kl
 from dist_train.models.unet import AttentionUNet
 from dist_train.models.vae import latent_shape, shape_numbers, shape_of
@@ -193,6 +194,25 @@ def test_bundle_brings_back_the_same_model(tmp_path: Path) -> None:
     latent = torch.randn(2, LIGHT.latent)
     assert torch.equal(again.segment(again.decode(latent)), model.segment(model.decode(latent)))
     assert sorted(p.name for p in bundle.iterdir()) == ["SHA256SUMS", "config.json", "model.safetensors"]
+
+
+def test_a_small_bundle_keeps_the_prior_to_a_part_in_250_and_the_rest_in_half_precision(tmp_path: Path) -> None:
+    model = make_model().eval()
+    model.flow = LatentFlow(LIGHT.latent, 16, 1)
+    with torch.no_grad():
+        model.flow.first.weight[3] = 0.0
+        model.flow.first.weight[4] *= 1000.0
+    small = compact(model.state_dict())
+    kept, _ = read_bundle(write_bundle(tmp_path / "bundle", model, small, {}))
+    for name, before in model.state_dict().items():
+        after = kept.state_dict()[name]
+        if small[name].dtype == torch.int8:
+            assert ((after - before).abs() <= before.abs().amax(1, keepdim=True) / 253).all()
+        else:
+            assert torch.equal(after, before.half().float())
+    assert {name for name, value in small.items() if value.dtype == torch.int8} >= {"flow.first.weight", "flow.last.weight"}
+    again = compact(kept.state_dict())
+    assert all(torch.equal(again[name], value) for name, value in small.items() if value.dtype == torch.int8)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "SHA256SUMS"])
