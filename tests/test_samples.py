@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from dist_train.crystal.structure import Crystal
 from dist_train.generate import Sample, decode, draw, encode, sample_latents, samples
 from dist_train.models.export import read_bundle
 from dist_train.models.reconstruct import Codec
+from dist_train.models.vae import latent_shape
 
 DATA = Path(__file__).parents[1] / "data"
 N = 60
@@ -89,6 +91,20 @@ def test_latents_are_drawn_again_until_the_crystal_is_made_of_its_atoms(monkeypa
         assert not stays or torch.equal(first.latent_L, kept.latent_L)
     assert np.mean(made_of(usual, codec, atoms)) > np.mean(right) + 0.1
     assert np.mean(of_their_latents(usual, codec, ids)) > np.mean(meant) + 0.1
+
+
+def test_a_latent_that_is_drawn_has_no_more_numbers_than_its_grid() -> None:
+    codec = Codec(read_bundle(DATA / "models" / "mp_20")[0])
+    sizes, rest = codec.model.model, []
+    assert sizes.latent_voxels is not None
+    latents = draw(codec, 32, seed=0).latent_NL
+    for latent, shape in zip(latents, codec.shapes(latents), strict=True):
+        if not isinstance(shape, str):
+            end = sizes.latent + sizes.latent_channels * prod(latent_shape(shape, sizes.latent_voxels))
+            assert latent[:end].all()
+            rest.append(latent[end:])
+    assert torch.cat(rest).numel() > 0
+    assert not torch.cat(rest).any()
 
 
 def of_their_latents(items: list[Sample], codec: Codec, ids: list[str]) -> list[bool]:
