@@ -62,13 +62,13 @@ class Velocity(nn.Module):
         return velocity
 
     @torch.inference_mode()
-    def carried(self, noise_BL: Tensor, told_BT: Tensor | None = None) -> Tensor:
-        """Points of N(0, I) to where time ends, by Heun's method."""
+    def carried(self, noise_BL: Tensor, told_BT: Tensor | None = None, there_BL: Tensor | float = 1.0) -> Tensor:
+        """Points of N(0, I) to where time ends, by Heun's method; there_BL: as in `Points`."""
         x, step = noise_BL, 1.0 / STEPS
         for i in range(STEPS):
             time = x.new_full((1,), i * step)
-            velocity = self(x, time, told_BT)
-            x = x + 0.5 * step * (velocity + self(x + step * velocity, time + step, told_BT))
+            velocity = self(x, time, told_BT) * there_BL
+            x = x + 0.5 * step * (velocity + self(x + step * velocity, time + step, told_BT) * there_BL)
         return x
 
 

@@ -59,7 +59,7 @@ class GridFlow(nn.Module):
         there_BL = torch.stack([self.there(shape) for shape in shapes]).to(noise_BL)
         start_BL = torch.stack([self.to_waves(row, shape) for row, shape in zip(noise_BL[:, n:], shapes, strict=True)])
         # What a row doesn't have is 0 all the way: the network was fitted so.
-        grid_BL = _Masked(self.grid, there_BL).carried(start_BL, self.told(vector_BV, atoms_BE, shapes))
+        grid_BL = self.grid.carried(start_BL, self.told(vector_BV, atoms_BE, shapes), there_BL)
         found = noise_BL.new_zeros(noise_BL.shape)
         found[:, :n] = vector_BV
         for place, (row, shape) in enumerate(zip(grid_BL, shapes, strict=True)):
@@ -108,18 +108,6 @@ class GridFlow(nn.Module):
         assert compositions is not None
         shapes = [(d, h, w) for d, h, w in config["shapes"]]
         return cls(n_vector, config["n_channels"], shapes, config["width"], config["depth"], compositions)
-
-
-class _Masked(Velocity):
-    """The velocity where there is something to move."""
-
-    def __init__(self, velocity: Velocity, there_BL: Tensor) -> None:
-        nn.Module.__init__(self)
-        self.velocity, self.there_BL = velocity, there_BL
-
-    def forward(self, x_BL: Tensor, time_B: Tensor, told_BT: Tensor | None = None) -> Tensor:
-        found: Tensor = self.velocity(x_BL, time_B, told_BT) * self.there_BL
-        return found
 
 
 def fit_grid_flow(
