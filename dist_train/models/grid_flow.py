@@ -126,15 +126,12 @@ def fit_grid_flow(
     flow.vector = vector
     there = {shape: flow.there(shape) for shape in flow.shapes}
     waves_NL = torch.stack([flow.to_waves(row, shape) for row, shape in zip(latent_NL[:, n_vector:], shapes, strict=True)])
-    points = Points(
-        _exact(waves_NL),
-        flow.told(vector_NV, pairs.atoms_NE, shapes),
-        torch.stack([there[shape] for shape in shapes]).to(waves_NL.device, torch.uint8),
-    )
-    n_told = points.told_NT.shape[1] if points.told_NT is not None else 0
+    told_NT = flow.told(vector_NV, pairs.atoms_NE, shapes)
+    there_NL = torch.stack([there[shape] for shape in shapes]).to(waves_NL.device, torch.uint8)
     flow.grid = fit_velocity(
-        lambda: Velocity(waves_NL.shape[1], width, depth, n_told), points, steps, seed, progress, LEARNING_RATE
-    )
+        lambda: Velocity(waves_NL.shape[1], width, depth, told_NT.shape[1]), Points(_exact(waves_NL), told_NT, there_NL),
+        steps, seed, progress, LEARNING_RATE,
+    )  # fmt: skip
     return flow.eval()
 
 
