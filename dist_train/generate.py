@@ -66,14 +66,13 @@ def posterior(
     shapes: Sequence[Shape] | None = None,
 ) -> Latent:
     """The same with the variances; shapes: of the crystals' grids, where they aren't those of their cells."""
-    of_each = shapes or [grid_shape(crystal.lattice_A, codec.model.grid) for crystal in crystals]
+    of_each = shapes if shapes is not None else [grid_shape(crystal.lattice_A, codec.model.grid) for crystal in crystals]
     # Those of one shape together: networks take as long for few crystals of a shape as for many.
     order = sorted(range(len(crystals)), key=lambda place: of_each[place])
     batches = [order[start : start + ENCODED] for start in range(0, len(order), ENCODED)]
 
     def encoded(places: list[int]) -> Latent:
-        here = None if shapes is None else [shapes[place] for place in places]
-        return codec.posterior([crystals[place] for place in places], here)
+        return codec.posterior([crystals[place] for place in places], [of_each[place] for place in places])
 
     found = torch.empty(2, len(crystals), codec.model.model.latent_size, device=codec.device)
     for places, part in zip(batches, _by_networks(codec, encoded, batches, workers), strict=True):
