@@ -21,7 +21,6 @@ from dist_train.crystal.parallel import in_order, parallel_map
 from dist_train.crystal.structure import Crystal
 from dist_train.crystal.voxelize import Shape
 from dist_train.errors import CrystalError
-from dist_train.models.autoencoder import USUAL_EDGE
 from dist_train.models.flow import LatentFlow
 from dist_train.models.reconstruct import Codec, filled
 from dist_train.models.vae import Latent, latent_shape
@@ -226,7 +225,6 @@ def draw(
     return Draws(latents, torch.cat(atoms)[: len(chosen)].cpu() if atoms else None)
 
 
-@torch.inference_mode()
 def _carried(codec: Codec, part: tuple[Tensor, Tensor | None]) -> Tensor:
     """Latents of noise, and of the atoms that crystals are to be made of."""
     (noise_BL, atoms_BE), model = part, codec.model
@@ -239,8 +237,7 @@ def _carried(codec: Codec, part: tuple[Tensor, Tensor | None]) -> Tensor:
     def coarse(vector_BV: Tensor) -> list[Shape]:
         """A vector of no cell has a grid, too, which nobody will look at."""
         assert model.model.latent_voxels is not None
-        cube = (USUAL_EDGE,) * 3
-        shapes = [cube if isinstance(s, str) else s for s in codec.shapes(centre_L[:n] + scale * vector_BV)]
+        shapes = codec.some_shapes(centre_L[:n] + scale * vector_BV)
         return [latent_shape(shape, model.model.latent_voxels) for shape in shapes]
 
     assert atoms_BE is not None

@@ -24,8 +24,8 @@ def release(run_dir: Path, out: Path, evaluation: Path | None) -> str:
         if not (evaluation / "metrics.json").is_file():
             raise DataError(f"{evaluation} holds no metrics.json: give the folder of a finished dist-train evaluate")
         files["evaluation.json"] = (evaluation / "metrics.json").read_bytes()
-    half = export.compact(network.state_dict())
-    write_bundle(out, network, half, config["about"], training_digests(run_dir / "bundle"), files)
+    weights = network.state_dict()
+    write_bundle(out, network, export.compact(weights), config["about"], training_digests(run_dir / "bundle"), files)
     if (heads := export.read_properties(run_dir / "bundle")) is not None:
         export.add_properties(out, out, heads, config["properties"])
-    return f"{out}: {(out / WEIGHTS_NAME).stat().st_size / 1e6:.1f} MB in half precision, {len(half)} tensors"
+    return f"{out}: {(out / WEIGHTS_NAME).stat().st_size / 1e6:.1f} MB in half precision, {len(weights)} tensors"

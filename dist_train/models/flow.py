@@ -40,7 +40,7 @@ class Velocity(nn.Module):
         self.size, self.width, self.depth = size, width, depth
         self.time = nn.Sequential(nn.Linear(N_TIME, 2 * N_TIME), nn.SiLU())
         self.first = nn.Linear(size, width)
-        if n_told:
+        if n_told:  # by the names of bundles of old, whose flows were told of atoms alone
             self.atoms = nn.Sequential(nn.Linear(n_told, 4 * N_TIME), nn.SiLU(), nn.Linear(4 * N_TIME, 2 * N_TIME))
             self.of_atoms = nn.Linear(2 * N_TIME, width)
         self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))

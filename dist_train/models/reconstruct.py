@@ -119,9 +119,13 @@ class Codec:
             rows = zip(parameters_B6, numbers.shape_B3.float().cpu().numpy(), strict=True)
             return [self._shape(*row) for row in islice(rows, len(latent_BL))]
 
+    def some_shapes(self, latent_BL: Tensor) -> list[Shape]:
+        """The same, latents of no grid as if of a cube."""
+        return [(USUAL_EDGE,) * 3 if isinstance(shape, str) else shape for shape in self.shapes(latent_BL.detach())]
+
     def composition(self, latent_BL: Tensor) -> Tensor:
-        """[B, E] atoms of each of the model's elements, float32, with gradients; latents of no grid as if of a cube."""
-        shapes = [(USUAL_EDGE,) * 3 if isinstance(shape, str) else shape for shape in self.shapes(latent_BL.detach())]
+        """[B, E] atoms of each of the model's elements, float32, with gradients; by `some_shapes`."""
+        shapes = self.some_shapes(latent_BL)
         groups = list(_of_one(shapes))
         latents = latent_BL.to(self.device, self.scale.dtype)
         found = [self.model.decoder.composition(latents[places], shapes[places[0]]).float() for places in groups]
