@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from dist_train import generate
 from dist_train.crystal.cif import write_cif
 from dist_train.crystal.decode import Decoded
-from dist_train.generate import decode, encode, sample_latents
+from dist_train.crystal.voxelize import Shape
+from dist_train.generate import decode, draw, encode, sample_latents
 from dist_train.models.export import read_bundle
 from dist_train.models.reconstruct import Codec
 
@@ -79,6 +81,19 @@ def test_latents_of_crystals_do_not_hang_on_workers_or_company(codec: Codec, mon
     monkeypatch.setattr(generate, "ENCODED", 5)
     assert torch.equal(together, encode(codec, crystals, workers=2))
     assert torch.equal(together[-1:], encode(codec, crystals[-1:]))
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 8), (12, 12, 12), (20, 24, 24)])
+def test_grids_hang_on_their_own_latent_alone(shape: Shape) -> None:
+    codec = Codec(read_bundle(MODELS / "carbon_24")[0])
+    latents = draw(codec, 9, 3).latent_NL
+    together = codec.fields(latents, [shape] * 9)
+    for places in ([8], [1, 0], [7, 3, 5], [6, 4, 2, 8, 1]):
+        for place, found in zip(places, codec.fields(latents[places], [shape] * len(places)), strict=True):
+            assert np.array_equal(found.density_CDHW, together[place].density_CDHW)
+            assert np.array_equal(found.probability_DHW, together[place].probability_DHW)
+            assert np.array_equal(found.parameters_6, together[place].parameters_6)
+            assert np.array_equal(found.estimate.composition_Z, together[place].estimate.composition_Z)
 
 
 def test_no_samples_are_no_crystals(codec: Codec) -> None:

@@ -48,12 +48,15 @@ class Fields:
 
 
 BATCH = 32
-"""Crystals that the networks decode at a time."""
+"""Latents that are decoded at a time where nobody needs more."""
 KNOWN_ERROR = 0.1
 """Of known numbers of atoms, as a decoder is told: it overrules all votes but leaves the choice of the site to them."""
-ROWS, SMALL = 16, 4096
-"""What their number is a multiple of, the last one repeated, where a grid has at most so many voxels: torch takes other ways
-for fewer, which round otherwise, and a crystal would hang on how many are decoded with it."""
+GRIDS, GRIDS_ON_GPU = 4, 32
+"""Grids that the networks are given at a time, always as many, the last one repeated: torch takes other ways for fewer or
+more, which round otherwise, and a crystal would hang on its company. On a CPU more are hardly faster, and most shapes are
+seldom; of two, torch 2.13 rounds the second one otherwise than the first."""
+ROWS = 16
+"""What the number of latents that layers without a grid are given is a multiple of, for the same reason."""
 
 
 class Codec:
@@ -66,6 +69,7 @@ class Codec:
         self.scale = Standardiser(model, self.device, parameter.dtype)
         self.channel, self.channel_place = check_grid(model.grid)
         self._atomic_number = torch.tensor((0, *model.elements), dtype=torch.uint8, device=self.device)
+        self._grids_together = GRIDS if self.device.type == "cpu" else GRIDS_ON_GPU
 
     def encode(self, crystals: Sequence[Crystal]) -> Tensor:
         """[B, latent] posterior means (float32). Raises CrystalError for a crystal that the grid can't hold."""
@@ -80,12 +84,9 @@ class Codec:
         grids = self._grids(crystals, [None] * len(crystals) if shapes is None else shapes)
         cell = torch.from_numpy(cell_numbers(np.stack([crystal.lengths_angles for crystal in crystals])))
         found = torch.empty(2, len(crystals), self.model.model.latent_size, device=self.device)
-        for places in _of_one([grid.shape for grid in grids]):
-            density = torch.from_numpy(np.stack([grids[place] for place in places]))
-            if density[0, 0].numel() <= SMALL:
-                density = filled(density)
-            latent = self._posterior(density, filled(cell[places])[: len(density)])
-            found[:, places] = torch.stack(latent)[:, : len(places)]
+        for places in self._together([grid.shape for grid in grids]):
+            latent = self._posterior(torch.from_numpy(np.stack([grids[place] for place in places])), cell[places])
+            found[:, places] = torch.stack(latent)  # of those repeated, which are the same, one stays
         return Latent(*found)
 
     def _grids(self, crystals: Sequence[Crystal], shapes: Sequence[Shape | None]) -> list[NDArray[np.float32]]:
@@ -126,7 +127,7 @@ class Codec:
     def composition(self, latent_BL: Tensor) -> Tensor:
         """[B, E] atoms of each of the model's elements, float32, with gradients; by `some_shapes`."""
         shapes = self.some_shapes(latent_BL)
-        groups = list(_of_one(shapes))
+        groups = list(_of_one(shapes, BATCH))
         latents = latent_BL.to(self.device, self.scale.dtype)
         found = [self.model.decoder.composition(latents[places], shapes[places[0]]).float() for places in groups]
         return torch.cat(found)[np.argsort(np.concatenate(groups))]
@@ -135,11 +136,15 @@ class Codec:
     def fields(self, latent_BL: Tensor, shapes: Sequence[Shape]) -> list[Fields]:
         """The networks' outputs for latents, each on a grid of its own shape."""
         found: dict[int, Fields] = {}
-        for places in _of_one(shapes):
-            shape, latents = shapes[places[0]], latent_BL[places]
-            latents = filled(latents) if prod(shape) <= SMALL else latents
-            found.update(zip(places, self._fields(latents.to(self.device, self.scale.dtype), shape), strict=False))
+        for places in self._together(shapes):
+            latents = latent_BL[places].to(self.device, self.scale.dtype)
+            found.update(zip(places, self._fields(latents, shapes[places[0]]), strict=True))
         return [found[place] for place in range(len(shapes))]
+
+    def _together(self, shapes: Sequence[Shape]) -> Iterator[list[int]]:
+        """The places of grids that the networks are given at a time, the last one repeated where there are too few."""
+        n = self._grids_together
+        return (places + places[-1:] * (n - len(places)) for places in _of_one(shapes, n))
 
     def _fields(self, latent_BL: Tensor, shape: Shape) -> Iterable[Fields]:
         decoding = self.model.decode(latent_BL, shape)
@@ -259,8 +264,8 @@ def filled(rows: Tensor) -> Tensor:
     return rows[torch.arange(len(rows) + -len(rows) % ROWS).clamp(max=len(rows) - 1)]
 
 
-def _of_one(shapes: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
-    """The places of each shape, in order, at most BATCH at a time."""
+def _of_one(shapes: Sequence[tuple[int, ...]], most: int) -> Iterator[list[int]]:
+    """The places of each shape, in order, at most so many at a time."""
     for shape in dict.fromkeys(shapes):
         places = [place for place, other in enumerate(shapes) if other == shape]
-        yield from (places[start : start + BATCH] for start in range(0, len(places), BATCH))
+        yield from (places[start : start + most] for start in range(0, len(places), most))
