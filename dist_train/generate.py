@@ -28,9 +28,11 @@ from dist_train.models.vae import Latent, latent_shape
 T = TypeVar("T")
 R = TypeVar("R")
 
-ENCODED, DECODED, FLOWED, SAMPLED = 32, 128, 256, 1024
-"""Crystals that the encoder, the decoder and the flow are given at a time, and samples between two words of progress. Of
-adaptive grids few have the same shape."""
+CODED, FLOWED, SAMPLED = 32, 256, 1024
+"""Crystals that a thread encodes or decodes at a time, that a flow is given, and that are decoded or sampled before the next
+ones are begun: among so many there are others of most shapes of grids."""
+FRAMES = 4
+"""Crystals that a process makes of what the networks say at a time: few, so that no process idles over the last ones."""
 ATTEMPTS, COMPOSITIONS, ANEW = 6, 3, 1_000_003
 """Of a sample to be made of the atoms that were drawn for it; how often atoms are drawn; and how far apart the seeds of
 these attempts are. Of a seed, torch takes the last 32 bits."""
@@ -68,7 +70,7 @@ def posterior(
     of_each = shapes if shapes is not None else [grid_shape(crystal.lattice_A, codec.model.grid) for crystal in crystals]
     # Those of one shape together: networks take as long for few crystals of a shape as for many.
     order = sorted(range(len(crystals)), key=lambda place: of_each[place])
-    batches = [order[start : start + ENCODED] for start in range(0, len(order), ENCODED)]
+    batches = _parts(order, CODED, workers)
 
     def encoded(places: list[int]) -> Latent:
         return codec.posterior([crystals[place] for place in places], [of_each[place] for place in places])
@@ -100,9 +102,11 @@ def decode(
     if corrections:
         yield from _corrected(codec, latent_NL.float().cpu(), ids, workers, atoms_NE, corrections, progress)
         return
-    for item in _decoded(codec, latent_NL, ids, workers, atoms_NE):
-        progress(1)
-        yield item
+    for start in range(0, len(ids), SAMPLED):
+        part = slice(start, start + SAMPLED)
+        yield from _decoded(
+            codec, latent_NL[part], ids[part], workers, None if atoms_NE is None else atoms_NE[part], progress
+        )
 
 
 def _corrected(
@@ -113,6 +117,7 @@ def _corrected(
     all_ = [_Correction(latent_L, latent_L) for latent_L in latent_NL]
     rows: list[int] = []
     entered = given = 0
+    shapes = codec.some_shapes(latent_NL)
     while given < len(all_):
         first, entered = entered, min(entered + CORRECTED - len(rows), len(all_))
         rows += range(first, entered)
@@ -124,8 +129,7 @@ def _corrected(
         crystals = {row: item.crystal for row, item in decoded.items() if item.crystal is not None}
         rows = list(crystals)
         # On the grid that the latent is of: that of a cell decoded not quite right may have another shape.
-        shapes = [shape for shape in codec.shapes(latent_NL[rows]) if not isinstance(shape, str)]
-        again = posterior(codec, list(crystals.values()), workers=workers, shapes=shapes)
+        again = posterior(codec, list(crystals.values()), workers=workers, shapes=[shapes[row] for row in rows])
         for row, *of_again in zip(rows, again.mean.cpu(), again.log_variance.cpu(), strict=True):
             all_[row].correct(decoded[row], *of_again)
         rows = [row for row in rows if all_[row].goes_on(corrections)]
@@ -169,17 +173,31 @@ class _Correction:
 
 
 def _decoded(
-    codec: Codec, latent_NL: Tensor, ids: Sequence[str], workers: int, atoms_NE: Tensor | None
-) -> Iterator[Decoded]:
+    codec: Codec, latent_NL: Tensor, ids: Sequence[str], workers: int, atoms_NE: Tensor | None,
+    progress: Callable[[int], None] = lambda n: None,
+) -> list[Decoded]:  # fmt: skip
     """`decode` without corrections."""
+    shapes = codec.some_shapes(latent_NL)
+    order = sorted(range(len(ids)), key=shapes.__getitem__)  # see `posterior`
 
-    def decodable(start: int) -> list[Fields | str]:
-        part = slice(start, start + DECODED)
-        return codec.decodable(latent_NL[part], ids[part], None if atoms_NE is None else atoms_NE[part])
+    def decodable(places: list[int]) -> list[Fields | str]:
+        return codec.decodable(
+            latent_NL[places], [ids[place] for place in places], None if atoms_NE is None else atoms_NE[places]
+        )
 
-    fields = _by_networks(codec, decodable, range(0, len(ids), DECODED), workers)
+    fields = _by_networks(codec, decodable, _parts(order, CODED, workers), workers)
     frame = partial(decode_frame, spec=codec.model.grid, channel=codec.channel)
-    return parallel_map(frame, chain.from_iterable(fields), workers)
+    found: dict[int, Decoded] = {}
+    for place, item in zip(order, parallel_map(frame, chain.from_iterable(fields), workers, FRAMES), strict=True):
+        found[place] = item
+        progress(1)
+    return [found[place] for place in range(len(ids))]
+
+
+def _parts(places: list[int], most: int, workers: int) -> list[list[int]]:
+    """Of at most so many, and some for every worker where there are fewer."""
+    size = max(1, min(most, -(-len(places) // max(workers, 1))))
+    return [places[start : start + size] for start in range(0, len(places), size)]
 
 
 def _by_networks(codec: Codec, work: Callable[[T], R], batches: Iterable[T], workers: int) -> Iterator[R]:
@@ -203,9 +221,7 @@ class Draws(NamedTuple):
     atoms_NE: Tensor | None
 
 
-def draw(
-    codec: Codec, n: int, seed: int, workers: int = 1, attempt: int = 0, places: Sequence[int] | None = None
-) -> Draws:
+def draw(codec: Codec, n: int, seed: int, workers: int = 1, attempt: int = 0, places: Sequence[int] | None = None) -> Draws:
     """What was fitted to the training crystals' latents, the bundle's flow or else a Gaussian. Same seed, same draws.
 
     attempt: other latents of the same seed, `ATTEMPTS` times for the same atoms, then for others; places: of these draws

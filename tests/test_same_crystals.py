@@ -54,7 +54,7 @@ def text(item: Decoded) -> str:
 def test_any_number_of_workers_makes_the_same_crystals(
     codec: Codec, usual: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generate, "DECODED", 8)
+    monkeypatch.setattr(generate, "CODED", 8)
     monkeypatch.setattr(generate, "FLOWED", 16)
     assert sampled(codec, workers=2) == usual
 
@@ -78,7 +78,7 @@ def test_latents_of_crystals_do_not_hang_on_workers_or_company(codec: Codec, mon
     crystals = [item.crystal for item in decode(codec, latents, ["x"] * N) if item.crystal is not None]
     together = encode(codec, crystals)
     assert len(together) == len(crystals) > N // 2
-    monkeypatch.setattr(generate, "ENCODED", 5)
+    monkeypatch.setattr(generate, "CODED", 5)
     assert torch.equal(together, encode(codec, crystals, workers=2))
     assert torch.equal(together[-1:], encode(codec, crystals[-1:]))
 
