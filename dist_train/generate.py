@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, repeat
 from math import pi
@@ -44,9 +44,11 @@ OTHER, TOLD, ALONE = range(3)
 EXACT, FAR = 0.05, 1.0
 """Errors of latents, in standard deviations of the posterior, below which nothing is left to correct, and beyond which a
 crystal may be another one."""
-FAR_STEP, STEPS = 0.25, (1.0, 0.5)
-"""Shares of what a crystal lacks that its latent is corrected by: far away, and in turns near by. Far away larger steps lose
-some of the crystals, and near by whole ones alone go round in circles."""
+FAR_STEP, REMEMBERED = 0.25, 3
+"""The share of what a crystal lacks that its latent is corrected by far away, where larger steps lose some of the crystals;
+and the last turns that a step near by is made of."""
+SAME = 1e-6
+"""Of two changes of what is lacking: the second says nothing new where so little of its square is another direction's."""
 
 
 def encode(
@@ -143,7 +145,8 @@ def _corrected(
 @dataclass
 class _Correction:
     """A crystal being corrected. told_L: what the decoder is told in place of latent_L; precision_L: one over the variances
-    of the posterior of the crystal decoded first; in_vain: turns since the best one.
+    of the posterior of the crystal decoded first; in_vain: turns since the best one; near: what the decoder was told, and
+    what its crystal lacked, in the last turns near by.
     """
 
     latent_L: Tensor
@@ -152,6 +155,7 @@ class _Correction:
     precision_L: Tensor | None = None
     turns: int = 0
     in_vain: int = 0
+    near: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def correct(self, decoded: Decoded, mean_L: Tensor, log_variance_L: Tensor) -> None:
         """decoded was encoded to a posterior of this mean and variance."""
@@ -162,7 +166,8 @@ class _Correction:
         self.in_vain += 1
         if self.best is None or self.best.latent_error is None or error < self.best.latent_error:
             self.best, self.in_vain = replace(decoded, latent_error=error), 0
-        self.told_L = self.told_L + (FAR_STEP if error > FAR else STEPS[self.turns % len(STEPS)]) * lack_L
+        self.near = [] if error > FAR else [*self.near, (self.told_L, lack_L)][-REMEMBERED:]
+        self.told_L = _extrapolated(self.near, self.precision_L) if self.near else self.told_L + FAR_STEP * lack_L
         self.turns += 1
 
     def goes_on(self, corrections: int) -> bool:
@@ -170,6 +175,24 @@ class _Correction:
         assert self.best is not None and self.best.latent_error is not None
         error = self.best.latent_error
         return self.turns <= corrections and error > EXACT and (error > FAR or self.in_vain < PATIENCE)
+
+
+def _extrapolated(turns: Sequence[tuple[Tensor, Tensor]], precision_L: Tensor) -> Tensor:
+    """What to tell the decoder next, by what it was told, and what was lacking then, in the last turns.
+
+    Anderson's mixing (J. ACM 12, 547, 1965): the change of what is lacking with what is told is taken for linear.
+    """
+    (*before, (told_L, lack_L)) = turns
+    if not before:
+        return told_L + lack_L
+    of_told_ML = torch.stack([told_L - earlier_L for earlier_L, _ in before])
+    of_lack_ML = torch.stack([lack_L - earlier_L for _, earlier_L in before])
+    # Sums of products, not matrix products, which are rounded by the number of threads.
+    weighed_ML = (of_lack_ML * precision_L).double()
+    gram_MM = (weighed_ML[:, None] * of_lack_ML).sum(-1).numpy()
+    shares_M = np.linalg.lstsq(gram_MM, (weighed_ML * lack_L).sum(-1).numpy(), rcond=SAME)[0]
+    steps_ML = of_told_ML + of_lack_ML
+    return told_L + lack_L - (steps_ML * torch.from_numpy(shares_M).float()[:, None]).sum(0)
 
 
 def _decoded(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -151,6 +152,29 @@ def test_a_turn_that_leads_away_leaves_the_nearest_crystal(
 ) -> None:
     codec, crystals = perovskites
     latents = encode(codec, crystals)
-    monkeypatch.setattr(generate, "STEPS", (1.0, -20.0))
+
+    def away(turns: Sequence[tuple[Tensor, Tensor]], precision_L: Tensor) -> Tensor:
+        told_L, lack_L = turns[-1]
+        return told_L + (1.0 if len(turns) == 1 else -20.0) * lack_L
+
+    monkeypatch.setattr(generate, "_extrapolated", away)
     once, twice = ([item.latent_error for item in decoded(codec, latents, turns)] for turns in (1, 2))
     assert once == twice
+
+
+def test_what_is_linear_in_two_directions_is_right_in_the_fourth_turn() -> None:
+    """A decoder that is off by a matrix of rank two: two differences of turns tell all of it."""
+    generator = torch.Generator().manual_seed(0)
+    off = torch.randn(30, 2, generator=generator) @ torch.randn(2, 30, generator=generator) / 40
+    latent, precision = torch.randn(30, generator=generator), 1 + torch.rand(30, generator=generator)
+    turns, told = [], latent
+    for _ in range(4):
+        turns.append((told, lack := latent - (told + off @ told)))
+        told = generate._extrapolated(turns[-3:], precision)
+    assert lack.norm() < 1e-4 * (off @ latent).norm()
+
+
+def test_turns_that_change_nothing_lead_nowhere_far() -> None:
+    told, lack = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    found = generate._extrapolated([(told, lack), (told + lack, lack), (told + 2 * lack, lack)], torch.ones(8))
+    assert torch.allclose(found, told + 3 * lack)
