@@ -493,6 +493,10 @@ def _add_fit_prior(verbs: Verbs) -> None:
     _model_options(parser)
     _source_options(parser)
     parser.add_argument("--split", help="split of the shards; without it, train")
+    parser.add_argument(
+        "--max-volume", type=_positive_float, metavar="A3",
+        help="leave out crystals of more than so many A^3 an atom: databases hold cells whose atoms are hardly bound",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="bundle to write; may be that of --model")
     sizes = {"width": "of the flows' layers", "depth": "blocks of each flow", "steps": "of the training of each"}
     for name, what in sizes.items():

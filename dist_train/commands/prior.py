@@ -57,9 +57,7 @@ def fit_prior(
     elements = list(model.elements)
     atoms_NE = torch.from_numpy(np.stack([composition_vector(crystal)[elements] for crystal in crystals])).to(codec.device)
     with stages.stage("compositions", settings.steps, "steps") as bar:
-        compositions = fit_compositions(
-            atoms_NE, elements, settings.steps, seed, partial(_told, bar), settings.temperature
-        )
+        compositions = fit_compositions(atoms_NE, elements, settings.steps, seed, partial(_told, bar), settings.temperature)
     voxels, n_vector = model.model.latent_voxels, model.model.latent
     centre_L, scale = model.flow_centre(n_vector if voxels else model.model.latent_size), model.latent_scale
     pairs = Pairs(Latent((found.mean - centre_L) / scale, found.log_variance - 2 * ln(scale)), atoms_NE[chosen])
@@ -87,6 +85,7 @@ class FitPriorOptions:
     cache_dir: Path | None
     split: str | None
     data: Sequence[str]
+    max_volume: float | None
     out: Path
     width: int | None
     depth: int | None
@@ -117,6 +116,7 @@ def fit(options: FitPriorOptions) -> str:
         crystals = [item.crystal for item in taken]
         fit_prior(codec, crystals, settings, options.seed, options.workers, stages)
         told = {"data": _source(options), "crystals": len(crystals), "seed": options.seed}
+        told |= {"max_volume": options.max_volume} if options.max_volume else {}
         about = {**about, "prior": told | settings.model_dump(mode="json")}
         new = "nobody knows how many of them it was trained on"
         if listed is not None and seen_N is not None:
@@ -127,7 +127,8 @@ def fit(options: FitPriorOptions) -> str:
         card = {"model_card.md": model_card(options.out.name, {**config, "about": about}).encode()}
         replace_prior(folder, options.out, network, about, listed, card if (folder / "model_card.md").exists() else {})
     lines = [f"what the model's samples are drawn from is fitted to {len(crystals)} crystals; {new}"]
-    lines += [f"{refused} crystals were not taken: unreadable, or of no kind that the model takes"] if refused else []
+    if refused:
+        lines.append(f"{refused} crystals were not taken: unreadable, too large, or of no kind that the model takes")
     return "\n".join([*lines, f"bundle: {options.out}"])
 
 
@@ -148,10 +149,13 @@ class _Taken(NamedTuple):
     refusal: str = ""
 
 
-def _taken(crystal: Crystal, spec: GridSpec, elements: tuple[int, ...], placed: bool) -> _Taken:
-    """placed: it is already as the grid takes it."""
+def _taken(crystal: Crystal, spec: GridSpec, elements: tuple[int, ...], placed: bool, max_volume: float | None) -> _Taken:
+    """placed: it is already as the grid takes it; max_volume: A^3 an atom."""
     try:
         crystal = crystal if placed else representable(crystal, spec)
+        volume = abs(float(np.linalg.det(crystal.lattice_A))) / len(crystal)
+        if max_volume is not None and volume > max_volume:
+            return _Taken(crystal, (), f"has {volume:.0f} A^3 an atom, more than --max-volume {max_volume:g}")
         return _Taken(crystal, digests_near(crystal), unknown_elements(crystal, elements))
     except CrystalError as error:
         return _Taken(crystal, (), str(error).removeprefix(f"{crystal.id}: "))
@@ -167,7 +171,7 @@ def _read(options: FitPriorOptions, codec: Codec, stages: Stages) -> tuple[list[
         crystals, refused = read_many(options.data, spec.max_atoms, None, options.workers, stages)
         n_refused = len(refused)
     with stages.stage("prepare", len(crystals)) as bar:
-        prepare = partial(_taken, spec=spec, elements=codec.model.elements, placed=placed)
+        prepare = partial(_taken, spec=spec, elements=codec.model.elements, placed=placed, max_volume=options.max_volume)
         found = list(bar.over(parallel_map(prepare, crystals, options.workers)))
     taken = [item for item in found if not item.refusal]
     if not taken:
