@@ -483,7 +483,7 @@ class PriorConfig(Section):
     """Blocks of each flow."""
     steps: Count = 2000
     """Of the training of each, the flows' on batches of 512 latents: about three minutes on one CPU core. A latent with a
-    grid has two of them."""
+    grid has two of them; of the compositions 8,000 at most."""
     temperature: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Of the compositions drawn: 1 as often as they were learnt to occur; below, likely ones more often."""
 

@@ -397,6 +397,23 @@ def test_training_crystals_can_be_named(tmp_path: Path) -> None:
 # Symmetry
 
 
+def test_a_tolerance_as_large_as_distances_is_taken_for_half_of_them() -> None:
+    """spglib 2.8 read memory that wasn't its own here; in a process of its own, which may crash."""
+    made = """
+import numpy as np
+from dist_train.crystal.structure import Crystal
+from dist_train.crystal.symmetry import snapped
+lattice = np.array([[3.907, 0, 0], [-0.136, 4.198, 0], [0.024, 0.024, 4.11]])
+sites = [[0.081, 0.002, 0.077], [0.681, 0.48, 0.681], [0.691, 0.492, 0.18], [0.693, 0.973, 0.667], [0.217, 0.976, 0.209]]
+crystal = Crystal("near", lattice, np.array(sites), np.array([6, 6, 50, 50, 6]))
+for tolerance in (0.65, 0.7, 0.75, 5.0):
+    snapped(crystal, tolerance)
+print("whole")
+"""
+    found = subprocess.run([sys.executable, "-c", made], capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stdout) == (0, "whole\n"), found.stderr
+
+
 def test_a_snapped_crystal_has_exactly_the_symmetry_that_was_found() -> None:
     rng = np.random.default_rng(0)
     for path in sorted((CIFS / "mp_20").glob("*.cif"))[:8]:

@@ -34,6 +34,8 @@ from dist_train.shards.index import Index
 
 MOST_LATENTS = 100_000
 """Crystals that are encoded for the flow: a few minutes of one core."""
+COMPOSITION_STEPS = 8_000
+"""That compositions are fitted in at most: one takes as long as a flow's, and they have no noise to be learnt."""
 
 
 def fit_prior(
@@ -56,8 +58,9 @@ def fit_prior(
         return
     elements = list(model.elements)
     atoms_NE = torch.from_numpy(np.stack([composition_vector(crystal)[elements] for crystal in crystals])).to(codec.device)
-    with stages.stage("compositions", settings.steps, "steps") as bar:
-        compositions = fit_compositions(atoms_NE, elements, settings.steps, seed, partial(_told, bar), settings.temperature)
+    steps = min(settings.steps, COMPOSITION_STEPS)
+    with stages.stage("compositions", steps, "steps") as bar:
+        compositions = fit_compositions(atoms_NE, elements, steps, seed, partial(_told, bar), settings.temperature)
     voxels, n_vector = model.model.latent_voxels, model.model.latent
     centre_L, scale = model.flow_centre(n_vector if voxels else model.model.latent_size), model.latent_scale
     pairs = Pairs(Latent((found.mean - centre_L) / scale, found.log_variance - 2 * ln(scale)), atoms_NE[chosen])

@@ -13,6 +13,7 @@ import numpy as np
 import spglib
 from numpy.typing import NDArray
 
+from dist_train.crystal.metrics import shortest_distance
 from dist_train.crystal.structure import Crystal
 
 SYSTEMS = (
@@ -44,7 +45,7 @@ class SpaceGroup(NamedTuple):
 
 def space_group(crystal: Crystal, tolerance_A: float = TOLERANCE_A) -> SpaceGroup | None:
     """The space group of a crystal whose atoms are within `tolerance_A` of symmetry; None where spglib finds none."""
-    found = _asked(spglib.get_symmetry_dataset, crystal, symprec=tolerance_A)
+    found = _asked(spglib.get_symmetry_dataset, crystal, tolerance_A)
     return None if found is None else SpaceGroup(found.number, found.international)
 
 
@@ -84,7 +85,7 @@ def conventional(crystal: Crystal, tolerance_A: float = TOLERANCE_A, group: Spac
     group, made = group or space_group(crystal, tolerance_A), _standardised(crystal, tolerance_A, primitive=False)
     if group is None or made is None:
         return None
-    exact = _asked(spglib.get_symmetry_dataset, made, symprec=EXACT_A)
+    exact = _asked(spglib.get_symmetry_dataset, made, EXACT_A)
     if exact is None or exact.number != group.number:
         return None
     operations = tuple(map(_operation, exact.rotations.tolist(), exact.translations.tolist()))
@@ -93,7 +94,7 @@ def conventional(crystal: Crystal, tolerance_A: float = TOLERANCE_A, group: Spac
 
 def _standardised(crystal: Crystal, tolerance_A: float, primitive: bool) -> Crystal | None:
     """spglib's primitive or conventional cell, idealised; None where it finds none, or loses atoms."""
-    found = _asked(spglib.standardize_cell, crystal, to_primitive=primitive, no_idealize=False, symprec=tolerance_A)
+    found = _asked(spglib.standardize_cell, crystal, tolerance_A, to_primitive=primitive, no_idealize=False)
     if found is None:
         return None
     made = replace(crystal, lattice_A=found[0], frac_N3=found[1], numbers_N=found[2])
@@ -110,13 +111,17 @@ def _operation(rotation: list[list[int]], translation: list[float]) -> str:
     return ", ".join(parts)
 
 
-def _asked(function: Callable[..., Any], crystal: Crystal, **options: Any) -> Any:
-    """What a function of spglib finds in a crystal, None where it finds nothing."""
+def _asked(function: Callable[..., Any], crystal: Crystal, tolerance_A: float, **options: Any) -> Any:
+    """What a function of spglib finds in a crystal, None where it finds nothing.
+
+    Within half the distance of the nearest atoms at most: beyond, one atom could be either of two, and spglib 2.8 crashes.
+    """
     os.environ.setdefault("SPGLIB_WARNING", "OFF")  # its C code would write to stderr, between the progress bars
     with warnings.catch_warnings():
         # spglib warns at every call that a later version will raise instead of returning None.
         warnings.simplefilter("ignore", DeprecationWarning)
         try:
-            return function((crystal.lattice_A, crystal.frac_N3, crystal.numbers_N), **options)
+            symprec = min(tolerance_A, shortest_distance(crystal) / 2)
+            return function((crystal.lattice_A, crystal.frac_N3, crystal.numbers_N), symprec=symprec, **options)
         except spglib.error.SpglibError:
             return None
