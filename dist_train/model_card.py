@@ -105,7 +105,10 @@ def _ancestors(about: dict[str, Any]) -> Iterator[str]:
 
 def _prior(told: dict[str, Any] | None) -> list[str]:
     """What samples are drawn from, where that isn't the training's own crystals' prior."""
-    return [f"- samples: fitted to {told['crystals']} crystals of {told['data']}"] if told else []
+    if not told:
+        return []
+    limit = f" with at most {told['max_volume']:g} A^3 an atom" if told.get("max_volume") else ""
+    return [f"- samples: fitted to {told['crystals']} crystals of {told['data']}{limit}"]
 
 
 def _latent(sizes: dict[str, Any]) -> str:

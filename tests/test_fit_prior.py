@@ -72,6 +72,24 @@ def test_the_bundle_tells_what_it_was_fitted_to(fitted: Path, lithium: Path) -> 
     assert f"samples: fitted to {about['prior']['crystals']} crystals of {lithium}" in (fitted / "model_card.md").read_text()
 
 
+def test_crystals_of_more_volume_an_atom_are_left_out(
+    lithium: Path, sample_table: Callable[[str], list[Crystal]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    volumes = [crystal.volume_A3 / len(crystal) for crystal in sample_table("perov_5") if 3 in crystal.composition]
+    limit = round(float(np.median(volumes)), 1)
+    small = sum(volume <= limit for volume in volumes)
+    assert 0 < small < len(volumes)
+    out, command = tmp_path / "small", ["fit-prior", "--model", str(MODEL), "--data", str(lithium), *QUICK]
+    assert main([*command, "--out", str(out), "--max-volume", str(limit)]) == 0
+    told = capsys.readouterr().out
+    assert f"fitted to {small} crystals" in told
+    assert f"{len(volumes) - small} crystals were not taken" in told
+    assert f"fitted to {small} crystals of {lithium} with at most {limit} A^3 an atom" in (out / "model_card.md").read_text()
+    assert json.loads((out / "config.json").read_text())["about"]["prior"]["max_volume"] == limit
+    assert main([*command, "--out", str(tmp_path / "none"), "--max-volume", "1"]) == 2
+    assert "A^3 an atom, more than --max-volume 1" in capsys.readouterr().err
+
+
 def test_crystals_that_the_model_had_not_seen_count_as_seen(
     fitted: Path, tmp_path: Path, sample_table: Callable[[str], list[Crystal]], capsys: pytest.CaptureFixture[str]
 ) -> None:
