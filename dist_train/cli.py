@@ -583,6 +583,15 @@ def _sample_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--elements", metavar="A,B,C", help="steer to crystals of these elements alone: Ba,Ti,O")
 
 
+def _mere_sample_options(parser: argparse.ArgumentParser) -> None:
+    _sample_options(parser)
+    parser.add_argument(
+        "--best-of", type=_positive, default=1, metavar="N",
+        help="draw N latents for each crystal and keep the one that lies nearest to those of crystals: takes longer, and "
+        "makes crystals with more symmetry",
+    )  # fmt: skip
+
+
 def _target_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target", nargs="+", action="extend", required=True, metavar="NAME=VALUE",
@@ -626,7 +635,7 @@ def _alter_options(parser: argparse.ArgumentParser) -> None:
 
 
 _GENERATE = {
-    "sample": _sample_options, "target": _target_options, "interpolate": _interpolate_options, "alter": _alter_options,
+    "sample": _mere_sample_options, "target": _target_options, "interpolate": _interpolate_options, "alter": _alter_options,
 }  # fmt: skip
 
 

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, repeat
-from math import pi
+from math import inf, pi
+from operator import itemgetter
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -20,7 +21,7 @@ from dist_train.crystal.frames import grid_shape, representable
 from dist_train.crystal.parallel import in_order, parallel_map
 from dist_train.crystal.structure import Crystal
 from dist_train.crystal.voxelize import Shape
-from dist_train.errors import CrystalError
+from dist_train.errors import CrystalError, ModelError
 from dist_train.models.flow import LatentFlow
 from dist_train.models.reconstruct import Codec, filled
 from dist_train.models.vae import Latent, latent_shape
@@ -34,8 +35,8 @@ ones are begun: among so many there are others of most shapes of grids."""
 FRAMES = 4
 """Crystals that a process makes of what the networks say at a time: few, so that no process idles over the last ones."""
 ATTEMPTS, COMPOSITIONS, ANEW = 6, 3, 1_000_003
-"""Of a sample to be made of the atoms that were drawn for it; how often atoms are drawn; and how far apart the seeds of
-these attempts are. Of a seed, torch takes the last 32 bits."""
+"""Of a sample to be made of the atoms that were drawn for it; how often atoms are drawn; and how far apart the seeds of all
+these are. Of a seed, torch takes the last 32 bits."""
 CORRECTIONS, PATIENCE, CORRECTED = 16, 3, 256
 """How often a crystal is corrected at most, where nobody says otherwise; how often in vain, where it is near; how many at a
 time."""
@@ -162,7 +163,7 @@ class _Correction:
         if self.precision_L is None:
             self.precision_L = torch.exp(-log_variance_L)
         lack_L = self.latent_L - mean_L
-        error = float((lack_L.square() * self.precision_L).mean().sqrt())
+        error = latent_error(lack_L, self.precision_L)
         self.in_vain += 1
         if self.best is None or self.best.latent_error is None or error < self.best.latent_error:
             self.best, self.in_vain = replace(decoded, latent_error=error), 0
@@ -244,11 +245,13 @@ class Draws(NamedTuple):
     atoms_NE: Tensor | None
 
 
-def draw(codec: Codec, n: int, seed: int, workers: int = 1, attempt: int = 0, places: Sequence[int] | None = None) -> Draws:
+def draw(
+    codec: Codec, n: int, seed: int, workers: int = 1, attempt: int = 0, others: int = 0,
+    places: Sequence[int] | None = None,
+) -> Draws:  # fmt: skip
     """What was fitted to the training crystals' latents, the bundle's flow or else a Gaussian. Same seed, same draws.
 
-    attempt: other latents of the same seed, `ATTEMPTS` times for the same atoms, then for others; places: of these draws
-    alone, of n.
+    attempt, others: numbers of other latents, and of other atoms, of the same seed; places: of these draws alone, of n.
     """
     model, chosen = codec.model, torch.tensor(range(n) if places is None else places, dtype=torch.int64)
     generator = torch.Generator().manual_seed((seed + attempt * ANEW) % 2**63)
@@ -256,7 +259,7 @@ def draw(codec: Codec, n: int, seed: int, workers: int = 1, attempt: int = 0, pl
     noise = torch.split(filled(normal).to(codec.device), FLOWED)
     atoms: list[Tensor] = []
     if model.flow and (known := model.flow.compositions):
-        of_atoms = torch.Generator().manual_seed((seed + 1 + attempt // ATTEMPTS * ANEW) % 2**63)
+        of_atoms = torch.Generator().manual_seed((seed + 1 + others * ANEW) % 2**63)
         uniform = filled(torch.rand(n, known.most_elements + 1, 2, generator=of_atoms)[chosen]).to(codec.device)
         atoms = list(_by_networks(codec, known.draw, torch.split(uniform, FLOWED), workers))
     found = list(_by_networks(codec, partial(_carried, codec), zip(noise, atoms or repeat(None)), workers))
@@ -291,53 +294,70 @@ class Sample(NamedTuple):
 
 
 def samples(
-    codec: Codec, ids: Sequence[str], seed: int, workers: int = 1, progress: Callable[[int], None] = lambda n: None
-) -> list[Sample]:
+    codec: Codec, ids: Sequence[str], seed: int, workers: int = 1, progress: Callable[[int], None] = lambda n: None,
+    best_of: int = 1,
+) -> list[Sample]:  # fmt: skip
     """A sample for each id; same seed, same samples, however many.
 
     A prior that draws atoms first is taken at its word: the decoder is told of them, and the crystal that it makes is
     encoded again. That latent is the sample where the decoder, told of nothing else, makes a crystal of the same atoms of
     it. If not, another one is drawn for these atoms, `ATTEMPTS` times at most: then a crystal stays that the decoder made of
     them when it was told. Where it never made one, other atoms are drawn. progress(n): n more are done.
+    best_of: latents drawn for each sample. Of several that would do, the one stays that is nearest to what its crystal is
+    encoded to, in standard deviations of that posterior: the farther away, the more seldom a crystal is a likely one.
+    Raises ModelError for more than one where the prior draws no atoms.
     """
+    if best_of > 1 and not (codec.model.flow and codec.model.flow.compositions):
+        raise ModelError(f"best of {best_of}: this model's samples are drawn without their atoms; use fit-prior, or give 1")
     found: list[Sample] = []
     for start in range(0, len(ids), SAMPLED):
         places = range(start, min(start + SAMPLED, len(ids)))
-        found += _samples(codec, ids, seed, workers, places)
+        found += _samples(codec, ids, seed, workers, places, best_of)
         progress(len(places))
     return found
 
 
-def _samples(codec: Codec, ids: Sequence[str], seed: int, workers: int, places: Sequence[int]) -> list[Sample]:
+class _Try(NamedTuple):
+    """made: OTHER, TOLD or ALONE; nearness: minus the error of the latent that was drawn."""
+
+    made: int
+    nearness: float
+    sample: Sample
+
+
+def _samples(codec: Codec, ids: Sequence[str], seed: int, workers: int, places: Sequence[int], best_of: int) -> list[Sample]:
     """Those at some places of all."""
-    found = dict[int, tuple[int, Sample]]()
-    waiting = list[int]()
-    for attempt in range(ATTEMPTS * COMPOSITIONS):
-        if attempt % ATTEMPTS == 0:
-            waiting = [place for place in places if place not in found or found[place][0] == OTHER]
-        if not waiting:
-            break
-        drawn, named = draw(codec, len(ids), seed, workers, attempt, waiting), [ids[place] for place in waiting]
-        for place, new in zip(waiting, _attempt(codec, drawn, named, workers), strict=True):
-            found[place] = max(found.get(place, new), new, key=lambda item: item[0])  # of equals, the first
-        waiting = [place for place in waiting if found[place][0] < ALONE]
-    return [found[place][1] for place in places]
+    found = dict[int, _Try]()
+    attempts = max(ATTEMPTS, best_of)
+    for others in range(COMPOSITIONS):
+        waiting = [place for place in places if place not in found or found[place].made == OTHER]
+        for attempt in range(attempts):
+            if not waiting:
+                break
+            drawn = draw(codec, len(ids), seed, workers, others * attempts + attempt, others, waiting)
+            for place, new in zip(waiting, _tried(codec, drawn, [ids[place] for place in waiting], workers), strict=True):
+                found[place] = max(found.get(place, new), new, key=itemgetter(0, 1))
+            waiting = [place for place in waiting if found[place].made < ALONE or attempt + 1 < best_of]
+    return [found[place].sample for place in places]
 
 
-def _attempt(codec: Codec, drawn: Draws, ids: Sequence[str], workers: int) -> list[tuple[int, Sample]]:
-    """A sample of each draw, and whether it is made of the atoms drawn: OTHER, TOLD or ALONE."""
+def _tried(codec: Codec, drawn: Draws, ids: Sequence[str], workers: int) -> list[_Try]:
+    """What comes of each draw."""
     latent_NL, atoms_NE = drawn
     if atoms_NE is None:
-        return [(ALONE, Sample(*item)) for item in zip(latent_NL, decode(codec, latent_NL, ids, workers), strict=True)]
+        decoded = decode(codec, latent_NL, ids, workers)
+        return [_Try(ALONE, 0.0, Sample(*item)) for item in zip(latent_NL, decoded, strict=True)]
     rows = returned(codec, latent_NL, atoms_NE, workers, ids)
-    made = [row for row, atoms_E in enumerate(atoms_NE) if _made_of(codec, rows[row].decoded, atoms_E)]
-    found = [(TOLD if row in made else OTHER, Sample(item.again_L, item.decoded)) for row, item in enumerate(rows)]
+    found = [_Try(OTHER, -row.error, Sample(row.again_L, row.decoded)) for row in rows]
+    made = [place for place, row in enumerate(rows) if _made_of(codec, row.decoded, atoms_NE[place])]
     if made:
-        again_ML = torch.stack([rows[row].again_L for row in made])
-        decoded = decode(codec, again_ML, [ids[row] for row in made], workers)
-        for row, again_L, item in zip(made, again_ML, decoded, strict=True):
-            if _made_of(codec, item, atoms_NE[row]):
-                found[row] = ALONE, Sample(again_L, item)
+        again_ML = torch.stack([rows[place].again_L for place in made])
+        decoded = decode(codec, again_ML, [ids[place] for place in made], workers)
+        for place, again_L, item in zip(made, again_ML, decoded, strict=True):
+            alone = _made_of(codec, item, atoms_NE[place])
+            found[place] = (
+                _Try(ALONE, -rows[place].error, Sample(again_L, item)) if alone else found[place]._replace(made=TOLD)
+            )
     return found
 
 
@@ -353,11 +373,12 @@ def sample_latents(codec: Codec, n: int, seed: int, workers: int = 1) -> Tensor:
 
 
 class Returned(NamedTuple):
-    """latent_L and the crystal that it decodes to; again_L: that crystal encoded."""
+    """latent_L and the crystal that it decodes to; again_L: that crystal encoded; error: of latent_L, see `latent_error`."""
 
     latent_L: Tensor
     decoded: Decoded
     again_L: Tensor
+    error: float = inf
 
 
 def returned(
@@ -376,9 +397,19 @@ def returned(
             except CrystalError as error:
                 item = Decoded(None, item.confidence_N, str(error))
         rows.append(Returned(latent_L, item, latent_L))
-    for place, again_L in zip(held, encode(codec, list(held.values()), workers=workers), strict=True):
-        rows[place] = rows[place]._replace(again_L=again_L.to(latent_NL))
+    again = posterior(codec, list(held.values()), workers=workers)
+    for place, mean_L, log_variance_L in zip(held, again.mean.to(latent_NL), again.log_variance.to(latent_NL), strict=True):
+        away = latent_error(latent_NL[place] - mean_L, torch.exp(-log_variance_L))
+        rows[place] = rows[place]._replace(again_L=mean_L, error=away)
     return rows
+
+
+def latent_error(lack_L: Tensor, precision_L: Tensor) -> float:
+    """How far a latent is from what its crystal is encoded to, in standard deviations of the posterior, root mean square.
+
+    precision_L: one over the variances of the posterior.
+    """
+    return float((lack_L.square() * precision_L).mean().sqrt())
 
 
 def interpolate_latents(start_L: Tensor, stop_L: Tensor, steps: int, around_L: Tensor | None = None) -> Tensor:

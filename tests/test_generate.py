@@ -397,6 +397,11 @@ def test_training_crystals_can_be_named(tmp_path: Path) -> None:
 # Symmetry
 
 
+def test_the_best_of_several_is_not_of_steered_crystals(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--best-of 3 is of crystals that aren't steered"):
+        made(tmp_path, "sample", PEROV, best_of=3, composition="BaTiO3")
+
+
 def test_a_tolerance_as_large_as_distances_is_taken_for_half_of_them() -> None:
     """spglib 2.8 read memory that wasn't its own here; in a process of its own, which may crash."""
     made = """

@@ -15,7 +15,8 @@ from dist_train.crystal.cif import write_cif
 from dist_train.crystal.elements import NUMBERS
 from dist_train.crystal.frames import representable
 from dist_train.crystal.structure import Crystal
-from dist_train.generate import Sample, decode, draw, encode, sample_latents, samples
+from dist_train.errors import ModelError
+from dist_train.generate import Sample, decode, draw, encode, returned, sample_latents, samples
 from dist_train.models.export import read_bundle
 from dist_train.models.reconstruct import Codec
 from dist_train.models.vae import latent_shape
@@ -77,7 +78,7 @@ def test_latents_are_drawn_again_until_the_crystal_is_made_of_its_atoms(monkeypa
     assert told == [10, 10, 4]
     monkeypatch.undo()
     atoms = draw(codec, len(ids), seed=0).atoms_NE
-    second, late = (draw(codec, len(ids), seed=0, attempt=attempt).atoms_NE for attempt in (1, generate.ATTEMPTS))
+    second, late = (draw(codec, len(ids), seed=0, attempt=1, others=others).atoms_NE for others in (0, 1))
     assert atoms is not None and second is not None and late is not None
     assert torch.equal(second, atoms)  # the same compositions, however hard they are to make
     assert not torch.equal(late, atoms)  # but not those that can't be made
@@ -91,6 +92,35 @@ def test_latents_are_drawn_again_until_the_crystal_is_made_of_its_atoms(monkeypa
         assert not stays or torch.equal(first.latent_L, kept.latent_L)
     assert np.mean(made_of(usual, codec, atoms)) > np.mean(right) + 0.1
     assert np.mean(of_their_latents(usual, codec, ids)) > np.mean(meant) + 0.1
+
+
+def test_the_best_of_several_is_the_nearest_to_a_crystal() -> None:
+    codec = Codec(read_bundle(DATA / "models" / "mp_20")[0])
+    ids, errors, meant = IDS[:8], [], []
+    for attempt in range(3):
+        latents, atoms = draw(codec, len(ids), seed=0, attempt=attempt)
+        assert atoms is not None
+        rows = returned(codec, latents, atoms, ids=ids)
+        items = [Sample(row.again_L, row.decoded) for row in rows]
+        alone = list(decode(codec, torch.stack([row.again_L for row in rows]), ids))
+        again = [Sample(row.again_L, item) for row, item in zip(rows, alone, strict=True)]
+        right = np.array(made_of(items, codec, atoms)) & np.array(made_of(again, codec, atoms))
+        errors.append(np.where(right, [row.error for row in rows], np.inf))
+        meant.append([row.again_L for row in rows])
+    best = samples(codec, ids, seed=0, best_of=3)
+    several = 0
+    for place, sample in enumerate(best):
+        of_three = np.array([error[place] for error in errors])
+        if np.isfinite(of_three).any():
+            assert torch.equal(sample.latent_L, meant[of_three.argmin()][place])
+            several += of_three.argmin() > 0
+    assert several > 1  # not the first ones that would do
+
+
+def test_a_model_that_draws_no_atoms_has_no_best_of_several() -> None:
+    codec = Codec(read_bundle(DATA / "models" / "carbon_24")[0])
+    with pytest.raises(ModelError, match="best of 2: this model's samples are drawn without their atoms"):
+        samples(codec, IDS[:2], seed=0, best_of=2)
 
 
 def test_a_latent_that_is_drawn_has_no_more_numbers_than_its_grid() -> None:

@@ -78,14 +78,14 @@ class GenerateOptions:
     """What the command line asks for.
 
     inputs: files, folders, archives, tables, of all tasks but 'sample' and 'target'. n: crystals to make, or around each
-    known one. target: pairs such as 'band_gap=1.5', beyond all labels with `extrapolate`; composition, elements: such as
-    'BaTiO3' and 'Ba,Ti,O', of 'sample' and 'target'. along: pairs as target, in standard deviations of the labels.
-    steps, path: crystals from one input to the next, both included, on a 'linear' or 'spherical' path. replace: pairs such
-    as 'Ti=Zr'; scale: of the density; both `within` angstrom of the fractional coordinates `of`, or everywhere. perturb:
-    distance in latent space, in standard deviations of the training crystals. screens: see `screens.SCREENS`; training:
-    files, folders, archives, tables of crystals that aren't novel.
-    corrections: see `generate.decode`; mere samples have none. symmetrize, relax, relax_steps: see `generated.Finish`.
-    density: 'cube' or 'chgcar'.
+    known one. best_of: see `generate.samples`. target: pairs such as 'band_gap=1.5', beyond all labels with `extrapolate`;
+    composition, elements: such as 'BaTiO3' and 'Ba,Ti,O', of 'sample' and 'target'. along: pairs as target, in standard
+    deviations of the labels. steps, path: crystals from one input to the next, both included, on a 'linear' or 'spherical'
+    path. replace: pairs such as 'Ti=Zr'; scale: of the density; both `within` angstrom of the fractional coordinates `of`,
+    or everywhere. perturb: distance in latent space, in standard deviations of the training crystals. screens: see
+    `screens.SCREENS`; training: files, folders, archives, tables of crystals that aren't novel. corrections: see
+    `generate.decode`; mere samples have none. symmetrize, relax, relax_steps: see `generated.Finish`. density: 'cube' or
+    'chgcar'.
     """
 
     task: Task
@@ -94,6 +94,7 @@ class GenerateOptions:
     out: Path
     inputs: Sequence[str] = ()
     n: int = 1
+    best_of: int = 1
     steps: int = 9
     path: Literal["linear", "spherical"] = "linear"
     seed: int = 0
@@ -167,6 +168,8 @@ def generate(options: GenerateOptions) -> Generation:
     screens take out, is counted and told; only where nothing that was given can be used it is an error.
     """
     _check(options)
+    if options.task == "sample" and not _steered(options):
+        options = replace(options, corrections=0)  # such crystals have none, and metrics.json says so
     stages = Stages(0 if options.relax else LEAST_SHOWN)
     with bundle_folder(options.model, options.tracking_uri) as folder:
         network, config = read_bundle(folder)
@@ -328,6 +331,8 @@ def _check(options: GenerateOptions) -> None:
             raise ConfigError("generate alter has nothing to do: give --replace, --scale, --along or --perturb")
         if options.n > 1 and options.perturb is None:
             raise ConfigError(f"-n {options.n} crystals would be one and the same: give --perturb, too, or leave -n out")
+    if options.best_of > 1 and _steered(options):
+        raise ConfigError(f"--best-of {options.best_of} is of crystals that aren't steered; leave it out")
     if options.relax is None and options.relax_steps != RELAX_STEPS:
         raise ConfigError(f"--relax-steps {options.relax_steps} is of --relax, which isn't given: add it or leave both out")
     check_writable(options.out)
@@ -340,16 +345,21 @@ def _check(options: GenerateOptions) -> None:
             raise ConfigError(f"{options.out} is not empty and holds no generated crystals; set --out to another folder")
 
 
+def _steered(options: GenerateOptions) -> bool:
+    return bool(options.composition or options.elements)
+
+
 # Tasks: the latents to decode
 
 
 def _sample(options: GenerateOptions, model: _Model, stages: Stages) -> Iterator[_Asked]:
-    if options.composition or options.elements:
+    if _steered(options):
         yield from _search(options, model, stages)
         return
     ids = [f"sample-{options.seed}-{place:05d}" for place in range(options.n)]
     with stages.stage("sample", options.n) as bar:
-        found = samples(model.codec, ids, options.seed, processes(options.workers, options.n), bar.update)
+        workers = processes(options.workers, options.n)
+        found = samples(model.codec, ids, options.seed, workers, bar.update, options.best_of)
     for id, sample in zip(ids, found, strict=True):
         yield _Asked(id, sample.latent_L, decoded=sample.decoded)
 
