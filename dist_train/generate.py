@@ -18,6 +18,7 @@ from torch import Tensor
 from dist_train.crystal.decode import Decoded, Fields
 from dist_train.crystal.decode_box import decode_frame
 from dist_train.crystal.frames import grid_shape, representable
+from dist_train.crystal.metrics import crowded
 from dist_train.crystal.parallel import in_order, parallel_map
 from dist_train.crystal.structure import Crystal
 from dist_train.crystal.voxelize import Shape
@@ -41,7 +42,8 @@ CORRECTIONS, PATIENCE, CORRECTED = 16, 3, 256
 """How often a crystal is corrected at most, where nobody says otherwise; how often in vain, where it is near; how many at a
 time."""
 OTHER, TOLD, ALONE = range(3)
-"""Whether a sample is made of the atoms drawn for it: not; when the decoder is told of them; when of the latent alone."""
+"""Whether a sample is made of the atoms drawn for it, none of them in another's place (see `metrics.crowded`): not; when the
+decoder is told of them; when of the latent alone."""
 EXACT, FAR = 0.05, 1.0
 """Errors of latents, in standard deviations of the posterior, below which nothing is left to correct, and beyond which a
 crystal may be another one."""
@@ -294,15 +296,16 @@ class Sample(NamedTuple):
 
 
 def samples(
-    codec: Codec, ids: Sequence[str], seed: int, workers: int = 1, progress: Callable[[int], None] = lambda n: None,
-    best_of: int = 1,
+    codec: Codec, ids: Sequence[str], seed: int, workers: int = 1,
+    progress: Callable[..., None] = lambda n, **figures: None, best_of: int = 1,
 ) -> list[Sample]:  # fmt: skip
     """A sample for each id; same seed, same samples, however many.
 
     A prior that draws atoms first is taken at its word: the decoder is told of them, and the crystal that it makes is
     encoded again. That latent is the sample where the decoder, told of nothing else, makes a crystal of the same atoms of
-    it. If not, another one is drawn for these atoms, `ATTEMPTS` times at most: then a crystal stays that the decoder made of
-    them when it was told. Where it never made one, other atoms are drawn. progress(n): n more are done.
+    it, which has room for them (see `metrics.crowded`). If not, another one is drawn for these atoms, `ATTEMPTS` times at
+    most: then a crystal stays that the decoder made of them when it was told. Where it never made one, other atoms are
+    drawn. progress(n, waiting=m): n more are done, and m of those at work aren't.
     best_of: latents drawn for each sample. Of several that would do, the one stays that is nearest to what its crystal is
     encoded to, in standard deviations of that posterior: the farther away, the more seldom a crystal is a likely one.
     Raises ModelError for more than one where the prior draws no atoms.
@@ -312,8 +315,8 @@ def samples(
     found: list[Sample] = []
     for start in range(0, len(ids), SAMPLED):
         places = range(start, min(start + SAMPLED, len(ids)))
-        found += _samples(codec, ids, seed, workers, places, best_of)
-        progress(len(places))
+        found += _samples(codec, ids, seed, workers, places, best_of, progress)
+        progress(len(places), waiting=0)
     return found
 
 
@@ -325,7 +328,10 @@ class _Try(NamedTuple):
     sample: Sample
 
 
-def _samples(codec: Codec, ids: Sequence[str], seed: int, workers: int, places: Sequence[int], best_of: int) -> list[Sample]:
+def _samples(
+    codec: Codec, ids: Sequence[str], seed: int, workers: int, places: Sequence[int], best_of: int,
+    progress: Callable[..., None],
+) -> list[Sample]:  # fmt: skip
     """Those at some places of all."""
     found = dict[int, _Try]()
     attempts = max(ATTEMPTS, best_of)
@@ -334,6 +340,7 @@ def _samples(codec: Codec, ids: Sequence[str], seed: int, workers: int, places: 
         for attempt in range(attempts):
             if not waiting:
                 break
+            progress(0, waiting=len(waiting))
             drawn = draw(codec, len(ids), seed, workers, others * attempts + attempt, others, waiting)
             for place, new in zip(waiting, _tried(codec, drawn, [ids[place] for place in waiting], workers), strict=True):
                 found[place] = max(found.get(place, new), new, key=itemgetter(0, 1))
@@ -349,21 +356,24 @@ def _tried(codec: Codec, drawn: Draws, ids: Sequence[str], workers: int) -> list
         return [_Try(ALONE, 0.0, Sample(*item)) for item in zip(latent_NL, decoded, strict=True)]
     rows = returned(codec, latent_NL, atoms_NE, workers, ids)
     found = [_Try(OTHER, -row.error, Sample(row.again_L, row.decoded)) for row in rows]
-    made = [place for place, row in enumerate(rows) if _made_of(codec, row.decoded, atoms_NE[place])]
+    made = [place for place, row in enumerate(rows) if _as_meant(codec, row.decoded, atoms_NE[place])]
     if made:
         again_ML = torch.stack([rows[place].again_L for place in made])
         decoded = decode(codec, again_ML, [ids[place] for place in made], workers)
         for place, again_L, item in zip(made, again_ML, decoded, strict=True):
-            alone = _made_of(codec, item, atoms_NE[place])
+            alone = _as_meant(codec, item, atoms_NE[place])
             found[place] = (
                 _Try(ALONE, -rows[place].error, Sample(again_L, item)) if alone else found[place]._replace(made=TOLD)
             )
     return found
 
 
-def _made_of(codec: Codec, decoded: Decoded, atoms_E: Tensor) -> bool:
-    composition = decoded.crystal.composition if decoded.crystal is not None else {}
-    return [composition.get(z, 0) for z in codec.model.elements] == atoms_E.tolist()
+def _as_meant(codec: Codec, decoded: Decoded, atoms_E: Tensor) -> bool:
+    """Whether there is a crystal, made of these atoms, with room for them."""
+    if decoded.crystal is None:
+        return False
+    composition = decoded.crystal.composition
+    return [composition.get(z, 0) for z in codec.model.elements] == atoms_E.tolist() and not crowded(decoded.crystal)
 
 
 def sample_latents(codec: Codec, n: int, seed: int, workers: int = 1) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from dist_train.commands.models import read_crystals
 from dist_train.crystal.cif import write_cif
 from dist_train.crystal.elements import NUMBERS
 from dist_train.crystal.frames import representable
+from dist_train.crystal.metrics import crowded
 from dist_train.crystal.structure import Crystal
 from dist_train.errors import ModelError
 from dist_train.generate import Sample, decode, draw, encode, returned, sample_latents, samples
@@ -63,19 +65,26 @@ def test_atoms_that_are_known_overrule_the_votes_but_not_the_places(codec: Codec
 
 
 def made_of(items: list[Sample], codec: Codec, atoms_NE: torch.Tensor) -> list[bool]:
+    """Of these atoms, with room for them."""
     return [
-        item.decoded.crystal is not None and torch.equal(atoms_of(item.decoded.crystal, codec), atoms)
+        (crystal := item.decoded.crystal) is not None
+        and torch.equal(atoms_of(crystal, codec), atoms)
+        and not crowded(crystal)
         for item, atoms in zip(items, atoms_NE, strict=True)
     ]
 
 
 def test_latents_are_drawn_again_until_the_crystal_is_made_of_its_atoms(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cells of up to 20 atoms, of which half come out at first."""
-    codec, told = Codec(read_bundle(DATA / "models" / "mp_20")[0]), list[int]()
+    codec, told = Codec(read_bundle(DATA / "models" / "mp_20")[0]), list[tuple[int, int]]()
     ids = IDS[:24]
     monkeypatch.setattr(generate, "SAMPLED", 10)
-    usual = samples(codec, ids, seed=0, progress=told.append)
-    assert told == [10, 10, 4]
+    usual = samples(codec, ids, seed=0, progress=lambda n, waiting: told.append((n, waiting)))
+    assert [n for n, _ in told if n] == [10, 10, 4]
+    first = [waiting for n, waiting in told[: told.index((10, 0))]]
+    assert first[0] == 10  # of which fewer and fewer wait, and then those for whose atoms nothing was found
+    assert all(after <= before for before, after in pairwise(first[: generate.ATTEMPTS]))
+    assert told[-1] == (4, 0)
     monkeypatch.undo()
     atoms = draw(codec, len(ids), seed=0).atoms_NE
     second, late = (draw(codec, len(ids), seed=0, attempt=1, others=others).atoms_NE for others in (0, 1))

@@ -52,14 +52,17 @@ class GridFlow(nn.Module):
         return self.vector.size
 
     def carry(self, noise_BL: Tensor, atoms_BE: Tensor, coarse: Callable[[Tensor], list[Shape]]) -> Tensor:
-        """Points of N(0, I) to latents of crystals made of such atoms; coarse: shapes of the grids, by the vectors."""
+        """Points of N(0, I) to latents of crystals made of such atoms; coarse: shapes of the grids, by the vectors.
+
+        A grid is what the middle of the noise leads to: the flow isn't exact, and its errors grow from there. By its vector
+        and atoms most of a grid is known; what crystals of one composition differ by, the vectors say.
+        """
         n = self.vector.size
         vector_BV = self.vector.carry(noise_BL[:, :n], atoms_BE)
         shapes = coarse(vector_BV)
         there_BL = torch.stack([self.there(shape) for shape in shapes]).to(noise_BL)
-        start_BL = torch.stack([self.to_waves(row, shape) for row, shape in zip(noise_BL[:, n:], shapes, strict=True)])
         # What a row doesn't have is 0 all the way: the network was fitted so.
-        grid_BL = self.grid.carried(start_BL, self.told(vector_BV, atoms_BE, shapes), there_BL)
+        grid_BL = self.grid.carried(torch.zeros_like(there_BL), self.told(vector_BV, atoms_BE, shapes), there_BL)
         found = noise_BL.new_zeros(noise_BL.shape)
         found[:, :n] = vector_BV
         for place, (row, shape) in enumerate(zip(grid_BL, shapes, strict=True)):

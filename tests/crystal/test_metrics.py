@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,7 @@ from dist_train.crystal.metrics import (
     compare,
     compare_all,
     compare_with_themselves,
+    crowded,
     structure_valid,
     summarise,
 )
@@ -323,3 +325,25 @@ def test_noise_is_measured() -> None:
         assert result.rms == match_rms(noisy, true)
         assert result.rms is not None
         assert result.rms <= 0.05 / (true.volume_A3 / len(true)) ** (1 / 3)
+
+
+def test_real_crystals_have_room_for_their_atoms(sample_table: Callable[[str], list[Crystal]]) -> None:
+    assert not any(crowded(crystal) for crystal in sample_table("perov_5")[:300])
+
+
+@pytest.mark.parametrize(
+    ("symbols", "distance", "near"),
+    [("OO", 0.78, True), ("OO", 0.81, False), ("HH", 0.74, False), ("BaO", 1.6, True), ("BaO", 1.75, False)],
+)
+def test_atoms_are_crowded_by_their_radii(symbols: str, distance: float, near: bool) -> None:
+    """Covalent radii, angstrom: H 0.31, O 0.66, Ba 2.15. One of the two in the next cell."""
+    numbers = {"OO": (8, 8), "HH": (1, 1), "BaO": (56, 8)}[symbols]
+    along = np.array([[3.01, 0.5, 0.5], [0.01 - distance / 9, -1.5, 1.5]])
+    assert crowded(Crystal("pair", 9.0 * np.eye(3), along, np.array(numbers))) == near
+
+
+def test_an_atom_is_crowded_by_its_own_image() -> None:
+    short, long = (np.diag([edge, 4.0, 4.0]) for edge in (2.5, 2.6))  # barium: 0.6 of 4.3 angstrom are 2.58
+    site, barium = np.zeros((1, 3)), np.array([56])
+    assert crowded(Crystal("short", short, site, barium))
+    assert not crowded(Crystal("long", long, site, barium))
