@@ -13,6 +13,7 @@ from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dist_train.crystal.elements import NUMBERS
 from dist_train.crystal.lattice import FloatArray, compact_lattice, from_lengths_angles, shortest_distances, too_thin
@@ -150,6 +151,13 @@ def to_ase(crystal: Crystal) -> Atoms:
         from ase import Atoms
 
         return Atoms(crystal.numbers_N, scaled_positions=crystal.frac_N3, cell=crystal.lattice_A, pbc=True)
+
+
+def covalent_radii_A(numbers_N: NDArray[np.int64]) -> NDArray[np.float64]:
+    """[N] radii in angstrom of atoms in covalent bonds (Cordero et al., Dalton Trans. 2832, 2008)."""
+    from ase.data import covalent_radii
+
+    return np.asarray(covalent_radii[numbers_N])
 
 
 def from_ase(atoms: Atoms, id: str) -> Crystal:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from dist_train.crystal.interop import match_rms
+from dist_train.crystal.interop import covalent_radii_A, match_rms
 from dist_train.crystal.lattice import (
     FloatArray,
     compact_lattice,
@@ -213,11 +213,8 @@ def shortest_distance(crystal: Crystal) -> float:
 
 
 def crowded(crystal: Crystal) -> bool:
-    """Whether two atoms, images included, are nearer than CROWDED of the sum of their covalent radii (Cordero et al., Dalton
-    Trans. 2832, 2008). For a possible crystal."""
-    from ase.data import covalent_radii
-
-    radii_N = covalent_radii[crystal.numbers_N]
+    """Whether two atoms of a possible crystal, or images, are nearer than CROWDED of the sum of their covalent radii."""
+    radii_N = covalent_radii_A(crystal.numbers_N)
     first, second, shift = neighbour_pairs(crystal.lattice_A, crystal.cart_N3, 2 * CROWDED * float(radii_N.max()))
     distance = np.linalg.norm(crystal.cart_N3[second] + shift - crystal.cart_N3[first], axis=1)
     return bool((distance < CROWDED * (radii_N[first] + radii_N[second])).any())
