@@ -24,7 +24,7 @@ from dist_train.crystal.structure import Crystal
 from dist_train.crystal.voxelize import Shape
 from dist_train.errors import CrystalError, ModelError
 from dist_train.models.flow import LatentFlow
-from dist_train.models.reconstruct import Codec, filled
+from dist_train.models.reconstruct import GRIDS, Codec, filled
 from dist_train.models.vae import Latent, latent_shape
 
 T = TypeVar("T")
@@ -33,6 +33,8 @@ R = TypeVar("R")
 CODED, FLOWED, SAMPLED = 32, 256, 1024
 """Crystals that a thread encodes or decodes at a time, that a flow is given, and that are decoded or sampled before the next
 ones are begun: among so many there are others of most shapes of grids."""
+PARTS = 8
+"""That few crystals are divided into, for as many workers at most."""
 FRAMES = 4
 """Crystals that a process makes of what the networks say at a time: few, so that no process idles over the last ones."""
 ATTEMPTS, COMPOSITIONS, ANEW = 6, 3, 1_000_003
@@ -75,7 +77,7 @@ def posterior(
     of_each = shapes if shapes is not None else [grid_shape(crystal.lattice_A, codec.model.grid) for crystal in crystals]
     # Those of one shape together: networks take as long for few crystals of a shape as for many.
     order = sorted(range(len(crystals)), key=lambda place: of_each[place])
-    batches = _parts(order, CODED, workers)
+    batches = _parts(order)
 
     def encoded(places: list[int]) -> Latent:
         return codec.posterior([crystals[place] for place in places], [of_each[place] for place in places])
@@ -211,7 +213,7 @@ def _decoded(
             latent_NL[places], [ids[place] for place in places], None if atoms_NE is None else atoms_NE[places]
         )
 
-    fields = _by_networks(codec, decodable, _parts(order, CODED, workers), workers)
+    fields = _by_networks(codec, decodable, _parts(order), workers)
     frame = partial(decode_frame, spec=codec.model.grid, channel=codec.channel)
     found: dict[int, Decoded] = {}
     for place, item in zip(order, parallel_map(frame, chain.from_iterable(fields), workers, FRAMES), strict=True):
@@ -220,9 +222,10 @@ def _decoded(
     return [found[place] for place in range(len(ids))]
 
 
-def _parts(places: list[int], most: int, workers: int) -> list[list[int]]:
-    """Of at most so many, and some for every worker where there are fewer."""
-    size = max(1, min(most, -(-len(places) // max(workers, 1))))
+def _parts(places: list[int]) -> list[list[int]]:
+    """Of at most CODED; of few, some for every worker. By their number alone: where layers have odd sizes, torch rounds by
+    the place in a batch, too."""
+    size = min(CODED, max(GRIDS, -(-len(places) // PARTS)))
     return [places[start : start + size] for start in range(0, len(places), size)]
 
 
