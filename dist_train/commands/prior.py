@@ -156,8 +156,7 @@ def _taken(crystal: Crystal, spec: GridSpec, elements: tuple[int, ...], placed: 
     """placed: it is already as the grid takes it; max_volume: A^3 an atom."""
     try:
         crystal = crystal if placed else representable(crystal, spec)
-        volume = abs(float(np.linalg.det(crystal.lattice_A))) / len(crystal)
-        if max_volume is not None and volume > max_volume:
+        if max_volume is not None and (volume := crystal.volume_A3 / len(crystal)) > max_volume:
             return _Taken(crystal, (), f"has {volume:.0f} A^3 an atom, more than --max-volume {max_volume:g}")
         return _Taken(crystal, digests_near(crystal), unknown_elements(crystal, elements))
     except CrystalError as error:
