@@ -54,7 +54,7 @@ class GridFlow(nn.Module):
     def carry(self, noise_BL: Tensor, atoms_BE: Tensor, coarse: Callable[[Tensor], list[Shape]]) -> Tensor:
         """Points of N(0, I) to latents of crystals made of such atoms; coarse: shapes of the grids, by the vectors.
 
-        A grid is what the middle of the noise leads to: the flow isn't exact, and its errors grow from there. By its vector
+        Only the numbers of the vector count of the noise. A grid is what the middle of the noise leads to: the flow isn't exact, and its errors grow from there. By its vector
         and atoms most of a grid is known; what crystals of one composition differ by, the vectors say.
         """
         n = self.vector.size
