@@ -54,8 +54,9 @@ class GridFlow(nn.Module):
     def carry(self, noise_BL: Tensor, atoms_BE: Tensor, coarse: Callable[[Tensor], list[Shape]]) -> Tensor:
         """Points of N(0, I) to latents of crystals made of such atoms; coarse: shapes of the grids, by the vectors.
 
-        Only the numbers of the vector count of the noise. A grid is what the middle of the noise leads to: the flow isn't exact, and its errors grow from there. By its vector
-        and atoms most of a grid is known; what crystals of one composition differ by, the vectors say.
+        Of the noise only the numbers of the vector count. A grid is what the middle of the noise leads to: the flow isn't
+        exact, and its errors grow from there. By its vector and atoms most of a grid is known; what crystals of one
+        composition differ by, the vectors say.
         """
         n = self.vector.size
         vector_BV = self.vector.carry(noise_BL[:, :n], atoms_BE)
