@@ -18,7 +18,7 @@ from torch import Tensor
 from dist_train.crystal.decode import Decoded, Fields
 from dist_train.crystal.decode_box import decode_frame
 from dist_train.crystal.frames import grid_shape, representable
-from dist_train.crystal.metrics import crowded
+from dist_train.crystal.metrics import crowded, possible
 from dist_train.crystal.parallel import in_order, parallel_map
 from dist_train.crystal.structure import Crystal
 from dist_train.crystal.voxelize import Shape
@@ -373,7 +373,7 @@ def _tried(codec: Codec, drawn: Draws, ids: Sequence[str], workers: int) -> list
 
 def _as_meant(codec: Codec, decoded: Decoded, atoms_E: Tensor) -> bool:
     """Whether there is a crystal, made of these atoms, with room for them."""
-    if decoded.crystal is None:
+    if decoded.crystal is None or not possible(decoded.crystal):
         return False
     composition = decoded.crystal.composition
     return [composition.get(z, 0) for z in codec.model.elements] == atoms_E.tolist() and not crowded(decoded.crystal)

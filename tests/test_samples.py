@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from dist_train import generate
 from dist_train.commands.models import read_crystals
 from dist_train.crystal.cif import write_cif
+from dist_train.crystal.decode import Decoded
 from dist_train.crystal.elements import NUMBERS
 from dist_train.crystal.frames import representable
 from dist_train.crystal.metrics import crowded
@@ -124,6 +126,14 @@ def test_the_best_of_several_is_the_nearest_to_a_crystal() -> None:
             assert torch.equal(sample.latent_L, meant[of_three.argmin()][place])
             several += of_three.argmin() > 0
     assert several > 1  # not the first ones that would do
+
+
+def test_a_cell_too_thin_for_any_atom_is_not_what_was_meant(codec: Codec, crystals: list[Crystal]) -> None:
+    """All images within a bond's length of an atom would take more memory than there is."""
+    whole = crystals[0]
+    for lattice, right in ((whole.lattice_A, True), (np.diag([1e-6, 1e-6, 1e14]), False)):
+        decoded = Decoded(replace(whole, lattice_A=lattice), np.ones(len(whole)))
+        assert generate._as_meant(codec, decoded, atoms_of(whole, codec)) == right
 
 
 def test_a_model_that_draws_no_atoms_has_no_best_of_several() -> None:
