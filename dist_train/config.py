@@ -375,7 +375,8 @@ class TrainConfig(Section):
     frozen VAE of `init_from` decodes."""
     init_from: Path | None = None
     """Bundle folder whose weights and standardisation a new run starts from; grid, elements and model must be the same, but
-    for `model.atoms_width`: layers of another width begin anew."""
+    for limits (`grid.max_voxels`, `grid.max_atoms`, `model.latent_voxels`) and `model.atoms_width`: layers of another width
+    begin anew."""
     unet_share: Annotated[float, Field(gt=0, le=1)] = 0.25
     """Share of each rank's crystals that the U-Net sees in a step (it costs far more than the VAE)."""
     background_ratio: Positive = 3.0

@@ -250,31 +250,32 @@ def read_properties(folder: Path) -> PropertyHeads | None:
 
 
 ATOMS_LAYERS = ("decoder.atoms.", "decoder.local_atoms.")
+OF_LATENTS = ("prior_mean", "prior_cholesky", "flow.")
+MAY_DIFFER = ("max_voxels", "max_atoms", "latent_voxels", "atoms_width")
+"""Limits, which the layers that all voxels share know nothing of, and the width of the layers that begin anew for it."""
 
 
 def start_from(folder: Path, grid: GridSpec, model: ModelConfig, elements: tuple[int, ...]) -> CrystalAutoencoder:
     """The model of a bundle, standardisation included, for a new run. Raises ModelError where it isn't of the run's kind.
 
-    The layers that `atoms_width` is of begin anew where that is another one: all else has been learnt without them.
+    The run may take larger crystals, and have a larger grid in its latents. The layers that `atoms_width` is of begin anew
+    where that is another one: all else has been learnt without them. The prior begins anew, as latents will be others.
     """
-    found = read_bundle(folder)[0]
-    found.flow = None  # fitted to the old latents
-    if found.model.atoms_width != model.atoms_width:
-        old = found
-        other = old.model.model_copy(update={"atoms_width": model.atoms_width})
-        found = CrystalAutoencoder(old.grid, other, old.elements, old.statistics)
-        kept = {name: value for name, value in old.state_dict().items() if not name.startswith(ATOMS_LAYERS)}
-        found.load_state_dict({**found.state_dict(), **kept})
+    old = read_bundle(folder)[0]
     for name, there, here in (
-        ("grid", found.grid.model_dump(mode="json"), grid.model_dump(mode="json")),
-        ("model", found.model.model_dump(mode="json"), model.model_dump(mode="json")),
-        ("elements", {"of the training split": found.elements}, {"of the training split": elements}),
+        ("grid", old.grid.model_dump(mode="json"), grid.model_dump(mode="json")),
+        ("model", old.model.model_dump(mode="json"), model.model_dump(mode="json")),
+        ("elements", {"of the training split": old.elements}, {"of the training split": elements}),
     ):
-        differing = [key for key in here if there[key] != here[key]]
+        differing = [key for key in here if there[key] != here[key] and key not in MAY_DIFFER]
         if differing:
             told = "; ".join(f"{key} is {there[key]} there, {here[key]} here" for key in differing)
             raise ModelError(f"train.init_from {folder} has another {name}: {told}; name another bundle or change {name}")
-    return found.train()
+    found = CrystalAutoencoder(grid, model, elements, old.statistics)
+    anew = OF_LATENTS + (ATOMS_LAYERS if old.model.atoms_width != model.atoms_width else ())
+    kept = {name: value for name, value in old.state_dict().items() if not name.startswith(anew)}
+    found.load_state_dict({**found.state_dict(), **kept})
+    return found
 
 
 def check_sums(folder: Path) -> dict[str, str]:

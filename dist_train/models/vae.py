@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from itertools import pairwise, product
+from itertools import pairwise
 from math import prod
 from typing import NamedTuple
 
@@ -254,8 +254,8 @@ def latent_shape(shape: Shape, voxels: int) -> Shape:
 
     The longest edge of a coarse voxel is as short as it can be, then the second one, then the third.
     """
-    possible = [range(1, voxels + 1)] * 3
-    shapes = [(a, b, c) for a, b, c in product(*possible) if a * b * c <= voxels]
+    edges = range(1, voxels + 1)
+    shapes = [(a, b, c) for a in edges for b in edges[: voxels // a] for c in edges[: voxels // (a * b)]]
     return min(shapes, key=lambda n: (sorted((size / k for size, k in zip(shape, n, strict=True)), reverse=True), n))
 
 

@@ -285,6 +285,22 @@ def test_a_run_can_start_with_other_layers_for_the_atoms(tmp_path: Path, there: 
         assert torch.equal(value, (again if fresh else old).state_dict()[name]), name
 
 
+def test_a_run_can_start_with_more_room_for_larger_crystals(tmp_path: Path) -> None:
+    old = make_model(ADAPTIVE, SPATIAL, seed=1)
+    old.prior_mean.fill_(3.0)
+    bundle = write_bundle(tmp_path / "bundle", old, old.state_dict(), {})
+    assert SPATIAL.latent_voxels
+    grid = ADAPTIVE.model_copy(update={"max_voxels": 2 * ADAPTIVE.max_voxels})
+    sizes = SPATIAL.model_copy(update={"latent_voxels": 3 * SPATIAL.latent_voxels})
+    found = start_from(bundle, grid, sizes, ELEMENTS)
+    assert (found.grid, found.model) == (grid, sizes)
+    assert found.prior_mean.eq(0).all()
+    assert len(found.prior_mean) == sizes.latent_size
+    for name, value in found.state_dict().items():
+        if not name.startswith("prior_"):
+            assert torch.equal(value, old.state_dict()[name]), name
+
+
 def test_grids_without_atoms_and_empty_data_can_not_be_trained_on() -> None:
     with pytest.raises(ModelError, match="lack 'occupancy' or 'z_density'"):
         make_model(GridSpec(channels=("period",)))
