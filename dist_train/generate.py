@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, repeat
@@ -21,6 +22,7 @@ from dist_train.crystal.frames import grid_shape, representable
 from dist_train.crystal.metrics import crowded, possible
 from dist_train.crystal.parallel import in_order, parallel_map
 from dist_train.crystal.structure import Crystal
+from dist_train.crystal.symmetry import symmetrized
 from dist_train.crystal.voxelize import Shape
 from dist_train.errors import CrystalError, ModelError
 from dist_train.models.flow import LatentFlow
@@ -49,6 +51,8 @@ decoder is told of them; when of the latent alone."""
 EXACT, FAR = 0.05, 1.0
 """Errors of latents, in standard deviations of the posterior, below which nothing is left to correct, and beyond which a
 crystal may be another one."""
+HARDLY_FARTHER = 1.03
+"""How many times as far from the latent drawn a symmetric crystal may be as the one decoded: see data/models/README.md."""
 FAR_STEP, REMEMBERED = 0.25, 3
 """The share of what a crystal lacks that its latent is corrected by far away, where larger steps lose some of the crystals;
 and the last turns that a step near by is made of."""
@@ -358,16 +362,44 @@ def _tried(codec: Codec, drawn: Draws, ids: Sequence[str], workers: int) -> list
         decoded = decode(codec, latent_NL, ids, workers)
         return [_Try(ALONE, 0.0, Sample(*item)) for item in zip(latent_NL, decoded, strict=True)]
     rows = returned(codec, latent_NL, atoms_NE, workers, ids)
-    found = [_Try(OTHER, -row.error, Sample(row.again_L, row.decoded)) for row in rows]
     made = [place for place, row in enumerate(rows) if _as_meant(codec, row.decoded, atoms_NE[place])]
+    for place, row in zip(made, _symmetric(codec, [rows[place] for place in made], workers), strict=True):
+        rows[place] = row
+    found = [_Try(OTHER, -row.error, Sample(row.again_L, row.decoded)) for row in rows]
     if made:
         again_ML = torch.stack([rows[place].again_L for place in made])
         decoded = decode(codec, again_ML, [ids[place] for place in made], workers)
-        for place, again_L, item in zip(made, again_ML, decoded, strict=True):
-            alone = _as_meant(codec, item, atoms_NE[place])
-            found[place] = (
-                _Try(ALONE, -rows[place].error, Sample(again_L, item)) if alone else found[place]._replace(made=TOLD)
-            )
+        for place, alone in zip(made, decoded, strict=True):
+            found[place] = found[place]._replace(made=ALONE if _as_meant(codec, alone, atoms_NE[place]) else TOLD)
+    return found
+
+
+def _symmetric(codec: Codec, rows: Sequence[Returned], workers: int) -> list[Returned]:
+    """Each with the most symmetric crystal that its latent allows: one `HARDLY_FARTHER` from it than the crystal decoded.
+
+    A flow's latents are off by more than the decoder's errors, which hides symmetries that nearly all crystals have.
+    """
+    spec, found = codec.model.grid, list(rows)
+    near: list[tuple[int, Crystal, Shape]] = []
+    for place, row in enumerate(rows):
+        assert row.decoded.crystal is not None
+        held = representable(row.decoded.crystal, spec)
+        shape = grid_shape(held.lattice_A, spec)
+        near += [(place, crystal, shape) for _, crystal in symmetrized(held)]
+    if not near:
+        return found
+    # In the cell, at the origin and on the grid of the crystal decoded: others have other latents.
+    there = posterior(codec, [crystal for _, crystal, _ in near], workers=workers, shapes=[shape for *_, shape in near])
+    chosen: dict[int, tuple[Crystal, Crystal]] = {}
+    for (place, crystal, _), mean_L, log_variance_L in zip(near, *(part.cpu() for part in there), strict=True):
+        away = latent_error(rows[place].latent_L - mean_L, torch.exp(-log_variance_L))
+        if away <= HARDLY_FARTHER * rows[place].error and not crowded(crystal):
+            with suppress(CrystalError):
+                chosen[place] = crystal, representable(crystal, spec)
+    again = encode(codec, [held for _, held in chosen.values()], workers=workers)
+    for (place, (crystal, _)), again_L in zip(chosen.items(), again.to(rows[0].latent_L), strict=True):
+        decoded = replace(rows[place].decoded, crystal=crystal)
+        found[place] = rows[place]._replace(decoded=decoded, again_L=again_L)
     return found
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from dist_train.crystal.interop import from_ase, same_crystal
 from dist_train.crystal.metrics import shortest_distance
 from dist_train.crystal.relax import make_calculator, relax
 from dist_train.crystal.structure import Crystal
-from dist_train.crystal.symmetry import EXACT_A, snapped, space_group
+from dist_train.crystal.symmetry import EXACT_A, snapped, space_group, symmetrized
 from dist_train.crystal.voxelize import voxelize
 from dist_train.errors import ConfigError, CrystalError, DataError, DistTrainError, ModelError
 from dist_train.files import staged
@@ -433,6 +434,32 @@ def test_a_snapped_crystal_has_exactly_the_symmetry_that_was_found() -> None:
         assert exact.formula == true.formula
     triclinic = Crystal("p1", np.eye(3) * [3, 4, 5] + 0.3, rng.random((5, 3)), [1, 6, 7, 8, 9])
     assert space_group(triclinic, 0.01) == (1, "P1")
+
+
+def test_a_symmetrized_crystal_keeps_its_cell_and_its_origin() -> None:
+    """Real crystals whose atoms are moved by some 0.1 A, and what is nearest of all to each symmetry."""
+    rng = np.random.default_rng(0)
+    again = 0
+    paths = sorted((CIFS / "mp_20").glob("*.cif"))[:12]
+    for path in paths:
+        true = read_cif(path, 1000)
+        noise = 0.06 * rng.normal(size=true.frac_N3.shape)
+        strain = np.eye(3) + 0.005 * rng.normal(size=(3, 3))
+        lattice = true.lattice_A @ strain
+        noisy = replace(true, lattice_A=lattice, frac_N3=true.frac_N3 + noise @ np.linalg.inv(lattice))
+        found = symmetrized(noisy)
+        assert all(first.order < second.order for first, second in pairwise(found))
+        for order, crystal in found:
+            (exact,) = symmetrized(crystal, (EXACT_A,))
+            assert exact.order >= order > 1
+            np.testing.assert_allclose(exact.crystal.lattice_A, crystal.lattice_A, atol=1e-9)
+            np.testing.assert_array_equal(crystal.numbers_N, true.numbers_N)
+            np.testing.assert_allclose(crystal.lattice_A, lattice, atol=0.04 * np.abs(lattice).max())
+            away = crystal.frac_N3 - noisy.frac_N3
+            assert np.linalg.norm((away - away.round()) @ lattice, axis=1).max() < 1.0
+        again += space_group(true) in [space_group(crystal, EXACT_A) for _, crystal in found]
+    assert again > 0.6 * len(paths)
+    assert not symmetrized(Crystal("p1", np.eye(3) * [3, 4, 5] + 0.3, rng.random((5, 3)), [1, 6, 7, 8, 9]), (0.01,))
 
 
 def test_a_crystal_that_snaps_to_another_symmetry_is_left_as_it_is() -> None:

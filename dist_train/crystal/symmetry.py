@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ import spglib
 from numpy.typing import NDArray
 
 from dist_train.crystal.metrics import shortest_distance
-from dist_train.crystal.structure import Crystal
+from dist_train.crystal.structure import Crystal, wrap
 
 SYSTEMS = (
     (2, "triclinic"), (15, "monoclinic"), (74, "orthorhombic"), (142, "tetragonal"), (167, "trigonal"), (194, "hexagonal"),
@@ -26,6 +26,8 @@ TOLERANCE_A = 0.1
 """How far atoms may be from symmetry. Networks place them to some 0.03 A."""
 EXACT_A = 1e-3
 """The same for a crystal that was snapped to its symmetry."""
+ROUGHLY_A = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+"""How far atoms may be from the symmetries that a sample is tried in."""
 
 
 class SpaceGroup(NamedTuple):
@@ -62,6 +64,48 @@ def snapped(crystal: Crystal, tolerance_A: float) -> Crystal | None:
     """
     group, made = space_group(crystal, tolerance_A), _standardised(crystal, tolerance_A, primitive=True)
     return made if made and group is not None and space_group(made, EXACT_A) == group else None
+
+
+class Symmetrized(NamedTuple):
+    """order: operations of the space group in the crystal's cell."""
+
+    order: int
+    crystal: Crystal
+
+
+def symmetrized(crystal: Crystal, tolerances_A: Sequence[float] = ROUGHLY_A) -> list[Symmetrized]:
+    """The crystal exactly in symmetries that it has within these tolerances, in its own cell, at its own origin.
+
+    Atoms and cell are means over what the operations make of them. In rising order, from 2 on, each once.
+    """
+    found: list[Symmetrized] = []
+    for tolerance_A in tolerances_A:
+        group = _asked(spglib.get_symmetry_dataset, crystal, tolerance_A)
+        if group is None or len(group.rotations) <= (found[-1].order if found else 1):
+            continue
+        if (made := _averaged(crystal, group.rotations, group.translations)) is not None:
+            found.append(Symmetrized(len(group.rotations), made))
+    return found
+
+
+def _averaged(crystal: Crystal, rotations: NDArray[np.integer], translations: NDArray[np.floating]) -> Crystal | None:
+    """None where an operation has two atoms in one place: it is no symmetry of this crystal."""
+    frac_N3, lattice = crystal.frac_N3, crystal.lattice_A
+    metric = lattice @ lattice.T
+    other_NN = crystal.numbers_N[:, None] != crystal.numbers_N
+    shift_N3 = np.zeros_like(frac_N3)
+    for rotation, translation in zip(rotations, translations, strict=True):
+        away_NN3 = (frac_N3 @ rotation.T + translation)[:, None] - frac_N3
+        away_NN3 -= away_NN3.round()
+        square_NN = np.einsum("ijk,kl,ijl->ij", away_NN3, metric, away_NN3)
+        onto_N = np.where(other_NN, np.inf, square_NN).argmin(1)
+        if len(np.unique(onto_N)) < len(onto_N):
+            return None
+        shift_N3[onto_N] += away_NN3[np.arange(len(onto_N)), onto_N]
+    mean_metric = np.mean([rotation.T @ metric @ rotation for rotation in rotations], axis=0)
+    rows = np.linalg.cholesky(mean_metric)
+    left, _, right = np.linalg.svd(rows.T @ lattice)  # the turn that brings these rows nearest to the old ones
+    return replace(crystal, lattice_A=rows @ left @ right, frac_N3=wrap(frac_N3 + shift_N3 / len(rotations)))
 
 
 class Setting(NamedTuple):
