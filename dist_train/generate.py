@@ -296,7 +296,7 @@ def _carried(codec: Codec, part: tuple[Tensor, Tensor | None]) -> Tensor:
 
 
 class Sample(NamedTuple):
-    """latent_L and the crystal that it is of."""
+    """A crystal, and latent_L that it is encoded to; of a prior that draws no atoms, that it was decoded from."""
 
     latent_L: Tensor
     decoded: Decoded
@@ -308,11 +308,12 @@ def samples(
 ) -> list[Sample]:  # fmt: skip
     """A sample for each id; same seed, same samples, however many.
 
-    A prior that draws atoms first is taken at its word: the decoder is told of them, and the crystal that it makes is
-    encoded again. That latent is the sample where the decoder, told of nothing else, makes a crystal of the same atoms of
-    it, which has room for them (see `metrics.crowded`). If not, another one is drawn for these atoms, `ATTEMPTS` times at
-    most: then a crystal stays that the decoder made of them when it was told. Where it never made one, other atoms are
-    drawn. progress(n, waiting=m): n more are done, and m of those at work aren't.
+    A prior that draws atoms first is taken at its word: the decoder is told of them, and of the crystal that it makes and
+    its neighbours in higher symmetry (see `_symmetric`) the most symmetric one that the latent allows is encoded. That
+    crystal, with that latent, is the sample where the decoder, told of nothing else, makes a crystal of the same atoms of
+    the latent, and both have room for them (see `metrics.crowded`). If not, another one is drawn for these atoms,
+    `ATTEMPTS` times at most: then a crystal stays that the decoder made of them when it was told. Where it never made one,
+    other atoms are drawn. progress(n, waiting=m): n more are done, and m of those at work aren't.
     best_of: latents drawn for each sample. Of several that would do, the one stays that is nearest to what its crystal is
     encoded to, in standard deviations of that posterior: the farther away, the more seldom a crystal is a likely one.
     Raises ModelError for more than one where the prior draws no atoms.
@@ -377,27 +378,26 @@ def _tried(codec: Codec, drawn: Draws, ids: Sequence[str], workers: int) -> list
 def _symmetric(codec: Codec, rows: Sequence[Returned], workers: int) -> list[Returned]:
     """Each with the most symmetric crystal that its latent allows: one `HARDLY_FARTHER` from it than the crystal decoded.
 
-    A flow's latents are off by more than the decoder's errors, which hides symmetries that nearly all crystals have.
+    Latents that are drawn aren't exact, which moves atoms by some 0.1 A and hides symmetries that nearly all crystals have.
     """
     spec, found = codec.model.grid, list(rows)
     near: list[tuple[int, Crystal, Shape]] = []
     for place, row in enumerate(rows):
         assert row.decoded.crystal is not None
-        held = representable(row.decoded.crystal, spec)
-        shape = grid_shape(held.lattice_A, spec)
-        near += [(place, crystal, shape) for _, crystal in symmetrized(held)]
+        shape = grid_shape(row.decoded.crystal.lattice_A, spec)
+        near += [(place, crystal, shape) for _, crystal in symmetrized(row.decoded.crystal)]
     if not near:
         return found
     # In the cell, at the origin and on the grid of the crystal decoded: others have other latents.
     there = posterior(codec, [crystal for _, crystal, _ in near], workers=workers, shapes=[shape for *_, shape in near])
-    chosen: dict[int, tuple[Crystal, Crystal]] = {}
+    chosen: dict[int, Crystal] = {}
     for (place, crystal, _), mean_L, log_variance_L in zip(near, *(part.cpu() for part in there), strict=True):
         away = latent_error(rows[place].latent_L - mean_L, torch.exp(-log_variance_L))
         if away <= HARDLY_FARTHER * rows[place].error and not crowded(crystal):
             with suppress(CrystalError):
-                chosen[place] = crystal, representable(crystal, spec)
-    again = encode(codec, [held for _, held in chosen.values()], workers=workers)
-    for (place, (crystal, _)), again_L in zip(chosen.items(), again.to(rows[0].latent_L), strict=True):
+                chosen[place] = representable(crystal, spec)
+    again = encode(codec, list(chosen.values()), workers=workers)
+    for (place, crystal), again_L in zip(chosen.items(), again.to(rows[0].latent_L), strict=True):
         decoded = replace(rows[place].decoded, crystal=crystal)
         found[place] = rows[place]._replace(decoded=decoded, again_L=again_L)
     return found
@@ -418,7 +418,9 @@ def sample_latents(codec: Codec, n: int, seed: int, workers: int = 1) -> Tensor:
 
 
 class Returned(NamedTuple):
-    """latent_L and the crystal that it decodes to; again_L: that crystal encoded; error: of latent_L, see `latent_error`."""
+    """latent_L and the crystal that it decodes to, as the grid takes it; again_L: that crystal encoded; error: of latent_L,
+    see `latent_error`.
+    """
 
     latent_L: Tensor
     decoded: Decoded
@@ -439,6 +441,7 @@ def returned(
         if item.crystal is not None:
             try:
                 held[place] = representable(item.crystal, codec.model.grid)
+                item = replace(item, crystal=held[place])
             except CrystalError as error:
                 item = Decoded(None, item.confidence_N, str(error))
         rows.append(Returned(latent_L, item, latent_L))
