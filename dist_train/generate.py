@@ -376,18 +376,15 @@ def _tried(codec: Codec, drawn: Draws, ids: Sequence[str], workers: int) -> list
 
 
 def _symmetric(codec: Codec, rows: Sequence[Returned], workers: int) -> list[Returned]:
-    """Each with the most symmetric crystal that its latent allows: one `HARDLY_FARTHER` from it than the crystal decoded.
+    """Rows with a crystal, each with the most symmetric one that its latent allows: `HARDLY_FARTHER` from it than decoded.
 
     Latents that are drawn aren't exact, which moves atoms by some 0.1 A and hides symmetries that nearly all crystals have.
     """
     spec, found = codec.model.grid, list(rows)
+    crystals = [row.decoded.crystal for row in rows if row.decoded.crystal is not None]
     near: list[tuple[int, Crystal, Shape]] = []
-    for place, row in enumerate(rows):
-        assert row.decoded.crystal is not None
-        shape = grid_shape(row.decoded.crystal.lattice_A, spec)
-        near += [(place, crystal, shape) for _, crystal in symmetrized(row.decoded.crystal)]
-    if not near:
-        return found
+    for place, others in enumerate(parallel_map(symmetrized, crystals, workers, FRAMES)):
+        near += [(place, other, grid_shape(crystals[place].lattice_A, spec)) for _, other in others]
     # In the cell, at the origin and on the grid of the crystal decoded: others have other latents.
     there = posterior(codec, [crystal for _, crystal, _ in near], workers=workers, shapes=[shape for *_, shape in near])
     chosen: dict[int, Crystal] = {}
@@ -396,8 +393,8 @@ def _symmetric(codec: Codec, rows: Sequence[Returned], workers: int) -> list[Ret
         if away <= HARDLY_FARTHER * rows[place].error and not crowded(crystal):
             with suppress(CrystalError):
                 chosen[place] = representable(crystal, spec)
-    again = encode(codec, list(chosen.values()), workers=workers)
-    for (place, crystal), again_L in zip(chosen.items(), again.to(rows[0].latent_L), strict=True):
+    again = encode(codec, list(chosen.values()), workers=workers).cpu()
+    for (place, crystal), again_L in zip(chosen.items(), again, strict=True):
         decoded = replace(rows[place].decoded, crystal=crystal)
         found[place] = rows[place]._replace(decoded=decoded, again_L=again_L)
     return found
