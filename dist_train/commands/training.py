@@ -201,7 +201,8 @@ def _train_rank(config: RunConfig, index: Index, rank: int) -> str:
         engine.close()
         return ""
     checkpoints.clean()
-    ancestor = Ancestor.of(start) if (start := config.train.init_from) else None  # now: it may be gone in the end
+    # Now: in the end the one may be gone, and the other may be newer than the code that runs.
+    ancestor, commit = Ancestor.of(start) if (start := config.train.init_from) else None, _git_commit()
     plan = batch_plan(config, reader, rank, engine.ranks)
     if plan.never_seen:
         log.warning(
@@ -210,13 +211,13 @@ def _train_rank(config: RunConfig, index: Index, rank: int) -> str:
         )  # fmt: skip
     write_text(config.run_dir / "run.yaml", config.to_yaml())
     spool = Spool(config.run_dir / "metrics.jsonl")
-    uploader = _uploader(config, index, spool.path)
+    uploader = _uploader(config, index, commit, spool.path)
     status = "FAILED"
     try:
         reached = fit(config, engine, reader, val, spool, checkpoints, state)
         done = reached.step == plan.steps
         if done:
-            summary = _finish(config, index, engine, reader, val, reached, ancestor)
+            summary = _finish(config, index, engine, reader, val, reached, ancestor, commit)
         else:
             summary = f"stopped after step {reached.step}"
             write_training_report(config.run_dir, config.run_dir / REPORT, None, [])
@@ -319,12 +320,12 @@ def _forget_other_data(run_dir: Path, data_digest: str) -> None:
     write_text(kept, data_digest)
 
 
-def _uploader(config: RunConfig, index: Index, spool: Path) -> MlflowUploader | None:
+def _uploader(config: RunConfig, index: Index, commit: str, spool: Path) -> MlflowUploader | None:
     if not config.tracking.uri:
         return None
     from dist_train.backends.mlflow_tracker import MlflowUploader
 
-    tags = {"data_digest": index.digest, "code_version": __version__, "git_commit": _git_commit()}
+    tags = {"data_digest": index.digest, "code_version": __version__, "git_commit": commit}
     return MlflowUploader(config, spool, tags)
 
 
@@ -339,7 +340,7 @@ def _git_commit() -> str:
 
 def _finish(
     config: RunConfig, index: Index, engine: Engine, reader: ShardReader, val: ShardReader, state: TrainState,
-    ancestor: Ancestor | None,
+    ancestor: Ancestor | None, commit: str,
 ) -> str:  # fmt: skip
     """Rank 0, after the last step: the bundle with its prior, and the pictures."""
     model = engine.averaged()
@@ -356,7 +357,7 @@ def _finish(
         "training_digests": {"version": DIGEST_VERSION, "samples": len(digests), "of": len(reader)},
         "evaluation_digest": _evaluation_digest(index),
         "metrics": _last_validation(config.run_dir / "metrics.jsonl"),
-        "git_commit": _git_commit(),
+        "git_commit": commit,
         "environment": environment(engine.ranks),
         "run": config.model_dump(mode="json"),
     }
