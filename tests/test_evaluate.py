@@ -256,3 +256,13 @@ def test_the_nearest_crystal_is_that_of_all_distances(sample_table: SampleTable)
         by_composition = np.abs(compositions - composition_vector(crystal)).sum(1)
         by_cell = np.abs(cells - cell_numbers(crystal.lengths_angles)).sum(1)
         assert found is training[np.lexsort((by_cell, by_composition))[0]]
+
+
+def test_the_round_trip_of_samples_goes_through_the_decoder(tmp_path: Path) -> None:
+    """A sample is what its latent is encoded from: encoded again, it would be off by nothing at all."""
+    model, table = ROOT / "data" / "models" / "perov_5", ROOT / "data" / "benchmarks" / "perov_5_test_half_a.parquet"
+    command = ["evaluate", "--model", str(model), "--data", str(table), "--limit", "8", "--samples", "8", "--steps", "0"]
+    assert main([*command, "--corrections", "0", "--out", str(tmp_path / "out"), "--workers", "1"]) == 0
+    latent = json.loads((tmp_path / "out" / "metrics.json").read_text())["latent"]
+    assert 0.005 < latent["round_trip_of_samples"]["median"] < 0.5
+    assert 0.005 < latent["round_trip"]["median"] < 0.5

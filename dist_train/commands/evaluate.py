@@ -108,7 +108,9 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     with stages.stage("latents", len(result.held) + options.samples) as bar:
         held = [result.reconstructed[place] for place in result.held]
         drawn_NL = torch.stack([sample.latent_L for sample in drawn]) if drawn else result.latent.mean[:0]
-        quality = latent_quality(codec, result.latent, held, drawn_NL, look["samples"], options.workers)
+        # What samples' latents alone decode to: the samples themselves are what these latents are encoded from.
+        alone = list(decode(codec, drawn_NL, ids, processes(options.workers, len(ids))))
+        quality = latent_quality(codec, result.latent, held, drawn_NL, alone, options.workers)
         bar.update(len(held) + options.samples)
     about = config["about"]
     metrics = {
